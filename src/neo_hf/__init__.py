@@ -1,0 +1,49 @@
+"""NEO, a native vision-language model, for Hugging Face Transformers.
+
+Importing this package registers NEO with the Auto classes.
+"""
+
+from ._version import __version__
+from .configuration_neo import NeoChatConfig, NeoConfig, NeoTextConfig, NeoVisionConfig
+from .image_processing_neo import NeoImageProcessor
+from .indexing_neo import allocate_position_ids
+from .modeling_neo import NeoForConditionalGeneration, NeoModel, NeoTextModel
+from .processing_neo import NeoProcessor
+from .raw_checkpoint import register_raw_checkpoints
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+AutoConfig.register("neo", NeoConfig)
+AutoConfig.register("neo_chat", NeoChatConfig)
+# AutoModel gives the model that can generate, as the released repositories do.
+for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    auto_class.register(NeoConfig, NeoForConditionalGeneration)
+AutoImageProcessor.register(NeoConfig, image_processor_classes={"pil": NeoImageProcessor})
+AutoProcessor.register(NeoConfig, NeoProcessor)
+register_raw_checkpoints()
+
+# Saving any of these writes the code files next to the weights, so that the folder works without this package.
+NeoConfig.register_for_auto_class()
+NeoForConditionalGeneration.register_for_auto_class("AutoModel")
+NeoImageProcessor.register_for_auto_class("AutoImageProcessor")
+NeoProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = [
+    "NeoConfig",
+    "NeoForConditionalGeneration",
+    "NeoImageProcessor",
+    "NeoModel",
+    "NeoProcessor",
+    "NeoTextConfig",
+    "NeoTextModel",
+    "NeoVisionConfig",
+    "__version__",
+    "allocate_position_ids",
+]

