@@ -158,8 +158,9 @@ class NeoGenerationMixin(GenerationMixin):
         kwargs.setdefault("pad_token_id", end)
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(self.device)
         output = self.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **kwargs)
-        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answer = answer.split("<|im_end|>")[0].strip()
+        ids = output[0, inputs["input_ids"].shape[1] :].tolist()
+        ids = ids[: ids.index(end)] if end in ids else ids
+        answer = tokenizer.decode(ids, skip_special_tokens=True).strip()
         if verbose:
             print(f"{question}\n{answer}")
         return (answer, [*turns, (question, answer)]) if return_history else answer

@@ -155,9 +155,6 @@ class NeoImageProcessor(PilBackend):
             (height, width, 3), or an array as it was where it has no transparency.
         """
         if isinstance(image, np.ndarray):
-            if image.ndim == 2:
-                image = image[..., None]
-                input_data_format = ChannelDimension.LAST
             layout = input_data_format or infer_channel_dimension_format(image, num_channels=(1, 3, 4))
             axis = -1 if layout == ChannelDimension.LAST else 0
             channels = image.shape[axis]

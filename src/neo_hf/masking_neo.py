@@ -31,25 +31,25 @@ def create_neo_mask(
         What `transformers.masking_utils.create_causal_mask` returns; `None` where plain causal attention is right.
     """
     length = inputs_embeds.shape[1]
+    positions = None
+    if document_ids is not None:
+        # transformers knows packed rows by positions that start anew, and looks for those only where there is no
+        # attention mask: padding becomes a document of its own.
+        if attention_mask is not None:
+            document_ids = document_ids.masked_fill(attention_mask == 0, document_ids.min() - 1)
+            attention_mask = None
+        places = torch.arange(length, device=document_ids.device)
+        positions = places - torch.where(document_starts(document_ids), places, 0).cummax(-1).values
     pictures = None
     if length > 1:
         pictures = picture_ids(position_ids[0], document_ids)
         if not is_tracing(pictures) and not (pictures >= 0).any():
             pictures = None  # text only: causal kernels without a mask apply
     if pictures is not None and past_key_values is not None:
-        # The mask is indexed by place in the cache; single numbers for what is cached already stand alone.
+        # The mask is indexed by place in the cache. Cached tokens need no numbers: no picture reaches back to them.
         kv_length, _ = past_key_values.get_mask_sizes(length, 0)
         places = torch.arange(length, device=pictures.device) + past_key_values.get_query_offset(0)
         pictures = pictures.new_full((pictures.shape[0], kv_length), -1).index_copy(1, places, pictures)
-    positions = None
-    if document_ids is not None:
-        # transformers knows packed rows by positions that start anew. Padding becomes a document of its own, as it
-        # looks for them only where there is no attention mask.
-        if attention_mask is not None:
-            document_ids = document_ids.masked_fill(attention_mask == 0, document_ids.min() - 1)
-            attention_mask = None
-        places = torch.arange(length, device=document_ids.device)
-        positions = places - torch.where(document_starts(document_ids), places, 0).cummax(-1).values
     return create_causal_mask(
         config,
         inputs_embeds,

@@ -593,6 +593,8 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
             model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
             model.tie_weights()
             info["missing_keys"].discard("lm_head.weight")
+        if model.generation_config.eos_token_id is None:  # a raw checkpoint without generation_config.json
+            model.generation_config.eos_token_id = model.config.text_config.eos_token_id
         return (model, info) if output_loading_info else model
 
     def get_image_features(self, pixel_values: torch.Tensor, image_grid_hw: torch.Tensor | None = None, **kwargs):
