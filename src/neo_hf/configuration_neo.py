@@ -133,6 +133,11 @@ class NeoTextConfig(PreTrainedConfig):
             f"{self._rope_type_labels}, got {self.rope_parameters}.",
         )
 
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a head's queries and keys, [T, H, W]; values are `head_dim` wide. The name says so to caches."""
+        return 2 * self.head_dim
+
 
 @strict
 class NeoVisionConfig(PreTrainedConfig):
