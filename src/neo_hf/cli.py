@@ -1,5 +1,6 @@
 """The `neo-hf` command: thin over the library."""
 
+from . import conversion, publishing
 from .configuration_neo import NeoConfig
 from .image_processing_neo import load_picture
 from .loading import load_image_processor, load_model_and_processor
@@ -105,6 +106,118 @@ def info(model_name: Model, image: Images = []):  # noqa: B006
         tokens = rows * columns // vision.spatial_merge_size**2
         size = f"{picture.height} x {picture.width} pixels (height x width)"
         print(f"  {file}: {size}, seen as {height} x {width}: {tokens} visual tokens")
+
+
+Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder to make.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT.")]
+ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Size of a file of weights at most.")]
+Tokenizer = Annotated[str | None, typer.Option(metavar="FOLDER", help="Tokenizer, where it lies elsewhere.")]
+
+
+def _say_missing(missing: list[str], out: str):
+    if missing:
+        print(f"{out} has no {', '.join(missing)}: give --tokenizer a folder that holds one.")
+
+
+@app.command()
+def convert(
+    raw: Annotated[str, typer.Argument(metavar="RAW", help="Raw folder or Hub id.")],
+    out: Out,
+    tokenizer: Tokenizer = None,
+    dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="bfloat16, float16 or float32.")] = None,
+    max_shard_size: ShardSize = "5GB",
+    num_pre_buffer_layers: Annotated[int | None, typer.Option(metavar="N", help="Depth of the pre-Buffer.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare tensors and logits with the source.")] = False,
+    force: Force = False,
+):
+    """Make a complete Hub repository of a raw checkpoint."""
+    if dtype not in (None, "bfloat16", "float16", "float32"):
+        raise ValueError(f"--dtype must be bfloat16, float16 or float32, got {dtype}.")
+    missing = conversion.convert_raw_to_hub(
+        raw,
+        out,
+        tokenizer=tokenizer,
+        dtype=getattr(torch, dtype) if dtype else None,
+        max_shard_size=max_shard_size,
+        num_pre_buffer_layers=num_pre_buffer_layers,
+        verify=verify,
+        force=force,
+    )
+    _say_missing(missing, out)
+
+
+@app.command()
+def export(model_name: Model, out: Out, max_shard_size: ShardSize = "5GB", force: Force = False):
+    """Write a NEO in the layout of the released checkpoints."""
+    conversion.convert_hub_to_raw(model_name, out, max_shard_size=max_shard_size, force=force)
+
+
+@app.command()
+def init(
+    qwen3: Annotated[str, typer.Argument(metavar="QWEN3", help="Folder or Hub id of a Qwen3 LLM.")],
+    out: Out,
+    num_pre_buffer_layers: Annotated[int, typer.Option(metavar="N", help="Depth of the pre-Buffer.")],
+    tokenizer: Tokenizer = None,
+    max_shard_size: ShardSize = "5GB",
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the random weights.")] = 0,
+    force: Force = False,
+):
+    """Start a NEO from a Qwen3 LLM, ready for pre-training."""
+    missing = conversion.init_from_qwen3(
+        qwen3,
+        out,
+        num_pre_buffer_layers=num_pre_buffer_layers,
+        tokenizer=tokenizer,
+        max_shard_size=max_shard_size,
+        seed=seed,
+        force=force,
+    )
+    _say_missing(missing, out)
+
+
+pre_buffer = typer.Typer(help="The pre-Buffer as a checkpoint of its own.", no_args_is_help=True)
+app.add_typer(pre_buffer, name="pre-buffer")
+
+
+@pre_buffer.command()
+def extract(model_name: Model, out: Out, force: Force = False):
+    """Lift patch embedding and pre-Buffer out of a NEO."""
+    conversion.extract_pre_buffer(model_name, out, force=force)
+
+
+@pre_buffer.command()
+def graft(
+    folder: Annotated[str, typer.Argument(metavar="PRE_BUFFER", help="Folder made by extract.")],
+    qwen3: Annotated[str, typer.Argument(metavar="QWEN3", help="Folder or Hub id of a Qwen3 LLM.")],
+    out: Out,
+    tokenizer: Tokenizer = None,
+    max_shard_size: ShardSize = "5GB",
+    force: Force = False,
+):
+    """Start a NEO from a pre-Buffer and a Qwen3 LLM of the same width."""
+    missing = conversion.graft_pre_buffer(
+        folder, qwen3, out, tokenizer=tokenizer, max_shard_size=max_shard_size, force=force
+    )
+    _say_missing(missing, out)
+
+
+@app.command()
+def push(
+    folder: Annotated[str, typer.Argument(metavar="OUT", help="Folder in Hub format.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Hub id, user/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Branch to push to.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go.")] = False,
+):
+    """Publish a folder in Hub format."""
+    files = publishing.check_complete(folder)
+    if dry_run:
+        for file, size in files.items():
+            print(f"{size:>15,}  {file}")
+        print(f"{sum(files.values()):>15,}  bytes in {len(files)} files to {repo_id}")
+        return
+    print(publishing.push(folder, repo_id, private=private, revision=revision, create_pr=create_pr))
 
 
 def main(argv: list[str] | None = None):

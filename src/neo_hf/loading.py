@@ -4,11 +4,12 @@ from .configuration_neo import NeoConfig
 from .image_processing_neo import NeoImageProcessor
 from .modeling_neo import NeoForConditionalGeneration
 from .processing_neo import NeoProcessor
-from .tokenization import add_neo_tokens
+from .tokenization import add_neo_tokens, load_tokenizer
 
 import os
 
-from transformers import AutoTokenizer, PreTrainedConfig
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedConfig
 
 
 def is_raw(name_or_path: str | os.PathLike) -> bool:
@@ -17,25 +18,30 @@ def is_raw(name_or_path: str | os.PathLike) -> bool:
     return config_dict.get("model_type") == "neo_chat"
 
 
+def default_image_processor(config: NeoConfig) -> NeoImageProcessor:
+    """The image processor that a configuration asks for."""
+    names = ("patch_size", "spatial_merge_size", "min_pixels", "max_pixels")
+    return NeoImageProcessor(**{name: getattr(config.vision_config, name) for name in names})
+
+
 def load_image_processor(name_or_path: str | os.PathLike) -> NeoImageProcessor:
     """The image processor of a NEO; that of a raw checkpoint follows from its configuration."""
     if not is_raw(name_or_path):
         return NeoImageProcessor.from_pretrained(name_or_path)
-    vision = NeoConfig.from_pretrained(name_or_path).vision_config
-    names = ("patch_size", "spatial_merge_size", "min_pixels", "max_pixels")
-    return NeoImageProcessor(**{name: getattr(vision, name) for name in names})
+    return default_image_processor(NeoConfig.from_pretrained(name_or_path))
 
 
 def load_processor(name_or_path: str | os.PathLike) -> NeoProcessor:
     """The processor of a NEO; that of a raw checkpoint is put together from its tokenizer and configuration."""
     if not is_raw(name_or_path):
         return NeoProcessor.from_pretrained(name_or_path)
-    try:
-        tokenizer = add_neo_tokens(AutoTokenizer.from_pretrained(name_or_path))
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"{name_or_path} needs a tokenizer, tokenizer.json or vocab.json and merges.txt: {error}"
-        ) from error
+    folder = name_or_path
+    if not os.path.isdir(name_or_path):
+        folder = snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.txt"])
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise ValueError(f"{name_or_path} needs a tokenizer: tokenizer.json, or vocab.json and merges.txt.")
+    add_neo_tokens(tokenizer)
     tokenizer.padding_side = "left"
     return NeoProcessor(load_image_processor(name_or_path), tokenizer)
 
