@@ -272,8 +272,8 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
 
 def sha256(file: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(1 << 24):
-            digest.update(block)
+    digest, block = hashlib.sha256(), bytearray(1 << 20)
+    with file.open("rb", buffering=0) as opened:
+        while length := opened.readinto(block):
+            digest.update(memoryview(block)[:length])
     return digest.hexdigest()
