@@ -1,6 +1,7 @@
 """Every way to generate gives the tokens of the plain way."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -185,6 +186,13 @@ def test_cached_halves_equal_the_whole(model, prompts, side):
             input_ids=more, attention_mask=longer["attention_mask"], past_key_values=outputs.past_key_values
         )
     torch.testing.assert_close(outputs.logits, expected, rtol=0, atol=1e-4)
+
+
+def test_threads_share_a_model(model, prompts, expected):
+    """Nothing about a sequence is kept on the model."""
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda prompt: new_tokens(model, one(prompt))[0], prompts * 3))
+    assert torch.equal(torch.stack(found), expected.repeat(3, 1))
 
 
 def test_cut_behind_image_start(model):

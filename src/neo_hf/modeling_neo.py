@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
@@ -585,9 +586,14 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
         for name in ("load_in_8bit", "load_in_4bit"):
             if kwargs.pop(name, False):
                 raise ValueError(f"{name}=True: give quantization_config=BitsAndBytesConfig({name}=True) instead.")
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise OSError(
+                f"A file of weights in {pretrained_model_name_or_path} cannot be read, it may be truncated: {error}"
+            ) from error
         embedding_name = next(iter(cls._tied_weights_keys.values()))
         if "lm_head.weight" in info["missing_keys"] and embedding_name not in info["missing_keys"]:
             model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
