@@ -29,6 +29,7 @@ AUTO_MAP = {
     "AutoModelForMultimodalLM": "modeling_neo.NeoForConditionalGeneration",
     "AutoImageProcessor": "image_processing_neo.NeoImageProcessor",
     "AutoProcessor": "processing_neo.NeoProcessor",
+    "AutoVideoProcessor": "video_processing_neo.NeoVideoProcessor",
 }
 
 # The released configs do not say where the pre-Buffer ends; their depths do (paper, Table 1).
