@@ -213,14 +213,14 @@ def test_dropping_every_frame(model, stream_processor, frames):
 
 
 def test_bad_input_leaves_the_stream_usable(model, stream_processor, frames):
-    with pytest.raises(ValueError, match="max_tokens must be positive.* got 0"):
+    with pytest.raises(ValueError, match=r"max_tokens must be positive.* got 0"):
         NeoStream(model, stream_processor, max_tokens=0)
     stream = NeoStream(model, stream_processor)
     with pytest.raises(ValueError, match="no frame to be asked about yet"):
         stream.ask("Hm?")
     stream.add_frame(frames[0], 1.0)
     for timestamp in (0.5, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="timestamp must be seconds, at least 1.0"):
+        with pytest.raises(ValueError, match=r"timestamp must be seconds, at least 1\.0"):
             stream.add_frame(frames[1], timestamp)
     with pytest.raises(ValueError, match=r"Cannot read the picture nowhere\.png"):
         stream.add_frame("nowhere.png", 2.0)
@@ -232,7 +232,7 @@ def test_bad_input_leaves_the_stream_usable(model, stream_processor, frames):
         list(stream.ask("Hm?", no_such_argument=1))
     with pytest.raises(ValueError, match="needs the timestamp"):
         NeoStream(model, stream_processor, max_seconds=1).add_frame(frames[0])
-    with pytest.raises(ValueError, match="max_tokens=5 has no room for the frame.* holds 17 tokens"):
+    with pytest.raises(ValueError, match=r"max_tokens=5 has no room for the frame.* holds 11 tokens"):
         NeoStream(model, stream_processor, max_tokens=5).add_frame(frames[0])
 
     answer = stream.ask("Hm?", **GREEDY)
@@ -242,9 +242,7 @@ def test_bad_input_leaves_the_stream_usable(model, stream_processor, frames):
             call()
     answer.close()
     stream.add_frame(frames[1], 2.0)
-    expected, _ = whole(
-        model, stream_processor, turn("[00:01.00]:<image>\n[00:02.00]:<image>\nHm?"), frames[:2]
-    )
+    expected, _ = whole(model, stream_processor, turn("[00:01.00]:<image>\n[00:02.00]:<image>\nHm?"), frames[:2])
     assert "".join(stream.ask("Hm?", **GREEDY)) == expected
 
 
@@ -272,5 +270,5 @@ def test_watch(real_vocabulary_model, stream_processor, clips):
     assert [step.timestamp for step in steps] == [0, 44 / fps]
     assert steps[-1].num_tokens == stream.num_tokens
     assert all(step.answer and step.frame_seconds > 0 and step.answer_seconds > 0 for step in steps)
-    with pytest.raises(ValueError, match="every must be .* got 0"):
+    with pytest.raises(ValueError, match=r"every must be .* got 0"):
         next(watch(stream, clips / "bikes.mp4", "Hm?", every=0))

@@ -7,6 +7,7 @@ from .video_processing_neo import NeoVideoProcessor, NeoVideoProcessorKwargs, fl
 
 import re
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ class NeoProcessorKwargs(ProcessingKwargs, total=False):
         Whether to return the T, H and W indices as `position_ids` (3, B, L); needs `return_tensors="pt"`.
     """
 
-    videos_kwargs: NeoVideosKwargs
+    videos_kwargs: NeoVideosKwargs  # type: ignore[misc]  # as in transformers' own processors
     return_position_ids: bool
 
 
@@ -90,7 +91,7 @@ class NeoProcessor(ProcessorMixin):
     (`num_frames`, `fps`, ..., see `NeoVideoProcessorKwargs`).
     """
 
-    valid_processor_kwargs = NeoProcessorKwargs
+    valid_processor_kwargs: Any = NeoProcessorKwargs
     text_kwargs = {"padding": True}
     return_position_ids = False
 
@@ -179,7 +180,7 @@ class NeoProcessor(ProcessorMixin):
         if images is not None and not _is_nested(images):
             flat = list(make_flat_list_of_images(images)) if not isinstance(images, list) or images else []
             images = self._per_prompt(flat, text, self.image_token)
-        if videos is not None and not (isinstance(videos, (list, tuple)) and not any(videos)):
+        if videos is not None and not (isinstance(videos, (list, tuple)) and len(videos) == 0):
             rows = _is_nested(videos) and not any(is_video(row) for row in videos)
             videos = videos if rows else self._per_prompt(flatten_videos(videos), text, self.video_token)
         images, videos = (x if x is not None and any(map(len, x)) else None for x in (images, videos))
@@ -285,13 +286,14 @@ def serialize_video(
         "spatial": `Frame-1: <image>\\n`, ...
         Minutes count on past an hour.
     """
-    indices, duration = metadata.frames_indices, video_duration(metadata)
+    indices, duration = metadata.frames_indices or [], video_duration(metadata)
     if duration is None:
         style = {"timestamps": "bare", "spatial_timestamps": "spatial"}.get(style, style)
     if style == "bare":
         return "<image>\n" * len(indices)
     if style == "spatial":
         return "".join(f"Frame-{number}: <image>\n" for number in range(1, len(indices) + 1))
+    assert duration is not None
     start, end = start or 0, duration if end is None else end
     text = (
         f"The time range of this video is [{format_time(start)}-{format_time(end)}], and the following is a series of "

@@ -1,6 +1,5 @@
 """Live video: frames enter the KV cache as they come, so that each costs only its own tokens."""
 
-from .indexing_neo import allocate_position_ids
 from .modeling_neo import NeoForConditionalGeneration
 from .processing_neo import NeoProcessor, format_timestamp
 from .video_processing_neo import open_video, video_duration
@@ -291,14 +290,8 @@ class NeoStream:
 
     def _positions_of(self, input_ids: torch.Tensor, image_grid_hw: torch.Tensor | None = None) -> torch.Tensor:
         """T, H and W indices (3, 1, L) of tokens that follow those held."""
-        config = self.model.config
-        positions = allocate_position_ids(
-            input_ids.cpu(),
-            None if image_grid_hw is None else image_grid_hw.cpu(),
-            image_token_id=config.image_token_id,
-            image_start_token_id=config.image_start_token_id,
-            spatial_merge_size=config.vision_config.spatial_merge_size,
-        )
+        grid = None if image_grid_hw is None else image_grid_hw.cpu()
+        positions = self.model.model.get_position_ids(input_ids.cpu(), grid)
         positions[0] += self._next_t
         return positions
 

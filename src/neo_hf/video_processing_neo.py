@@ -15,7 +15,7 @@ from huggingface_hub.dataclasses import validate_typed_dict
 from PIL import Image
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ChannelDimension, validate_kwargs
-from transformers.processing_utils import Unpack, VideosKwargs
+from transformers.processing_utils import VideosKwargs
 from transformers.utils import is_av_available, is_decord_available, logging
 from transformers.video_processing_utils import VideoProcessorMixin
 from transformers.video_utils import VideoMetadata, load_video
@@ -80,7 +80,7 @@ class NeoVideoProcessor(VideoProcessorMixin, NeoImageProcessor):
     min_pixels = 4096
     max_pixels = 230400
     max_video_tokens = None
-    fps = 1.0
+    fps: float | None = 1.0
     num_frames = None
     frames_indices = None
     max_frames = 128
@@ -88,19 +88,21 @@ class NeoVideoProcessor(VideoProcessorMixin, NeoImageProcessor):
     start = None
     end = None
     do_sample_frames = None
-    valid_kwargs = NeoVideoProcessorKwargs
+    valid_kwargs: Any = NeoVideoProcessorKwargs
 
-    def __init__(self, **kwargs: Unpack[NeoVideoProcessorKwargs]):
-        if kwargs.get("fps") is None and any(kwargs.get(name) is not None for name in ("num_frames", "frames_indices")):
+    def __init__(self, **kwargs: Any):
+        if kwargs.get("fps") is None and any(
+            kwargs.get(name) is not None for name in ("num_frames", "frames_indices")
+        ):
             self.fps = None
         super().__init__(**kwargs)
 
-    def preprocess(self, videos, **kwargs: Unpack[NeoVideoProcessorKwargs]) -> BatchFeature:
+    def preprocess(self, videos, **kwargs: Any) -> BatchFeature:
         """
         Args:
             videos: a video or a list of videos.
-            kwargs: settings for this call; `video_metadata` is one `VideoMetadata` or dict for each video that is
-                given as frames, `None` for files.
+            kwargs: settings for this call; `video_metadata` is a `VideoMetadata` or dict of what is known of each
+                video that is given as frames, `{}` if nothing is. That of files is read from them.
 
         Raises:
             ValueError: a video cannot be read, has no frames or frames of unequal size, settings exclude each other
@@ -122,6 +124,7 @@ class NeoVideoProcessor(VideoProcessorMixin, NeoImageProcessor):
         videos = flatten_videos(videos)
         given = kwargs.pop("video_metadata")
         given = list(given) if isinstance(given, (list, tuple)) else [given]
+        given = [one for item in given for one in (item if isinstance(item, (list, tuple)) else [item])]
         if len(given) == 1 and given[0] is None:
             given *= len(videos)
         if len(given) != len(videos):
@@ -151,7 +154,7 @@ class NeoVideoProcessor(VideoProcessorMixin, NeoImageProcessor):
                 return self.sample_frames(metadata, **settings).tolist()
             return list(range(len(video) if metadata.frames_indices is not None else metadata.total_num_frames))
 
-        frames: Iterable[Any]
+        frames: Any
         layout = settings["input_data_format"]
         if not isinstance(video, (str, os.PathLike)):
             metadata = _metadata_of_frames(video, metadata)
@@ -163,16 +166,20 @@ class NeoVideoProcessor(VideoProcessorMixin, NeoImageProcessor):
             metadata.frames_indices = [known[place] for place in places] if known is not None else places
             frames = (video[place] for place in places)
         elif str(video).startswith(("http://", "https://")):
+            wanted: list[int] = []
+
+            def read(metadata: VideoMetadata, **_) -> list[int]:
+                wanted.extend(choose(metadata))
+                return sorted(set(wanted))
+
             try:
-                frames, metadata = load_video(
-                    str(video), backend=_backend(), sample_indices_fn=lambda metadata, **_: choose(metadata)
-                )
+                frames, metadata = load_video(str(video), backend=_backend(), sample_indices_fn=read)
             except Exception as error:
                 raise ValueError(f"Cannot read the video {video}: {type(error).__name__}: {error}") from error
             metadata.height, metadata.width = frames.shape[1:3]
-            places, budget = self._fit([*range(len(frames))], metadata, **settings)
-            metadata.frames_indices = [int(metadata.frames_indices[place]) for place in places]
-            frames, layout = frames[places], ChannelDimension.LAST
+            by_index = dict(zip(sorted(set(wanted)), frames, strict=True))
+            metadata.frames_indices, budget = self._fit(wanted, metadata, **settings)
+            frames, layout = (by_index[index] for index in metadata.frames_indices), ChannelDimension.LAST
         else:
             file = open_video(video)
             metadata = file.metadata
@@ -323,7 +330,9 @@ def flatten_videos(videos) -> list:
         if all(is_video(video) or _is_paths(video) for video in flat):
             return flat
     kind = f"{type(videos).__name__} {getattr(videos, 'shape', videos)}"
-    raise ValueError(f"A video must be a path, a URL, or frames (one at least, of 3 dimensions each), got {kind:.200}.")
+    raise ValueError(
+        f"A video must be a path, a URL, or frames (at least one, of 3 dimensions each), got {kind:.200}."
+    )
 
 
 def _is_paths(x) -> bool:
@@ -334,14 +343,15 @@ def _to_numpy(frame):
     return frame.cpu().numpy() if hasattr(frame, "cpu") else frame
 
 
-def _metadata_of_frames(frames, metadata: VideoMetadata | dict | None) -> VideoMetadata:
+def _metadata_of_frames(frames, known: VideoMetadata | dict | None) -> VideoMetadata:
     """A copy of what is known of frames; a rate of 0 is no rate."""
-    metadata = VideoMetadata(**{"total_num_frames": len(frames), **(metadata or {})})
+    metadata = VideoMetadata(**{"total_num_frames": len(frames), **(known or {})})
     metadata.fps = metadata.fps or None
     if metadata.fps is not None and not 0 < metadata.fps < math.inf:
         raise ValueError(f"video_metadata.fps must be positive, or None where it is unknown, got {metadata.fps}.")
     if metadata.frames_indices is not None:
-        metadata.frames_indices = [int(index) for index in metadata.frames_indices]
+        indices = [int(index) for index in metadata.frames_indices]
+        metadata.frames_indices = None if indices == [*range(metadata.total_num_frames)] else indices
     described = metadata.total_num_frames if metadata.frames_indices is None else len(metadata.frames_indices)
     if described != len(frames) or not described:
         raise ValueError(f"video_metadata describes {described} frames, but {len(frames)} were given.")
@@ -356,14 +366,14 @@ def _backend() -> str:
     raise ImportError("Reading video files needs decord or PyAV: pip install decord, or pip install av.")
 
 
-def open_video(path: str | os.PathLike) -> "DecordFile | PyAVFile":
+def open_video(path: str | os.PathLike) -> "VideoFile":
     """
     Open a video file, with decord, or with PyAV where decord is not installed.
 
     Raises:
         ValueError: it cannot be read as a video; names the file and the reason.
     """
-    backend = {"decord": DecordFile, "pyav": PyAVFile}[_backend()]
+    backend: type[VideoFile] = DecordFile if _backend() == "decord" else PyAVFile
     if not os.path.isfile(path):
         raise ValueError(f"Cannot read the video {path}: there is no such file.")
     try:
@@ -375,32 +385,60 @@ def open_video(path: str | os.PathLike) -> "DecordFile | PyAVFile":
     return file
 
 
-class DecordFile:
-    """Frames of a video file, read with decord."""
+class VideoFile:
+    """
+    A video file whose frames are read one by one, each by a seek to the keyframe before it.
+
+    metadata: frames, frames per second (on average; `None` where unknown), seconds and size of the video.
+    """
+
+    metadata: VideoMetadata
 
     def __init__(self, path: str):
         self.path = path
-        self.reader = decord.VideoReader(path)
-        total, fps = len(self.reader), float(self.reader.get_avg_fps()) or None
-        height, width, _ = self.reader[0].shape
+
+    def _describe(self, total: int, fps: float, height: int, width: int, backend: str):
         self.metadata = VideoMetadata(
-            total, fps, width, height, total / fps if fps else None, "decord", frames_indices=None
+            total_num_frames=total,
+            fps=fps or None,
+            width=width,
+            height=height,
+            duration=total / fps if fps else None,
+            video_backend=backend,
         )
 
     def read(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
-        """The frames (H, W, 3), uint8, one by one."""
+        """The frames (H, W, 3), uint8, in the order of `indices`."""
         for index in indices:
             try:
-                yield self.reader[index].asnumpy()
-            except Exception as error:
-                raise _unreadable(self.path, index, error) from error
+                yield self._frame(index)
+            except Exception as error:  # of every kind
+                raise ValueError(
+                    f"Cannot read frame {index} of the video {self.path}: {type(error).__name__}: {error}"
+                ) from error
+
+    def _frame(self, index: int) -> np.ndarray:
+        raise NotImplementedError
 
 
-class PyAVFile:
-    """Frames of a video file, read with PyAV. Frames are told apart by their times, so that it can seek."""
+class DecordFile(VideoFile):
+    """A video file, read with decord."""
 
     def __init__(self, path: str):
-        self.path = path
+        super().__init__(path)
+        self.reader = decord.VideoReader(path)
+        height, width, _ = self.reader[0].shape
+        self._describe(len(self.reader), float(self.reader.get_avg_fps()), height, width, "decord")
+
+    def _frame(self, index: int) -> np.ndarray:
+        return self.reader[index].asnumpy()
+
+
+class PyAVFile(VideoFile):
+    """A video file, read with PyAV. Its frames are found by their times, which the packets tell without decoding."""
+
+    def __init__(self, path: str):
+        super().__init__(path)
         self.container = av.open(path)
         if not self.container.streams.video:
             raise ValueError("it has no video stream")
@@ -409,32 +447,21 @@ class PyAVFile:
         packets = [(p.pts, p.is_keyframe) for p in self.container.demux(self.stream) if p.pts is not None]
         self.times = sorted(time for time, _ in packets)
         self.keyframes = sorted(time for time, is_keyframe in packets if is_keyframe)
-        total, fps = len(self.times), float(self.stream.average_rate or 0) or None
-        self.metadata = VideoMetadata(
-            total, fps, self.stream.width, self.stream.height, total / fps if fps else None, "pyav", frames_indices=None
-        )
+        self.decoded: Any = None  # the frame at which the decoder stands
+        self.frames: Any = None
+        fps = float(self.stream.average_rate or 0)
+        self._describe(len(self.times), fps, self.stream.height, self.stream.width, "pyav")
 
-    def read(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
-        """The frames (H, W, 3), uint8, one by one."""
-        frame, frames = None, iter(())
-        for index in indices:
-            time = self.times[index]
-            try:
-                keyframe = self.keyframes[max(bisect_right(self.keyframes, time) - 1, 0)]
-                if frame is None or not keyframe <= frame.pts <= time:
-                    self.container.seek(time, stream=self.stream)
-                    frames = self.container.decode(self.stream)
-                    frame = next(frames)
-                while frame.pts < time:
-                    frame = next(frames)
-                image = frame.to_ndarray(format="rgb24")
-            except (av.FFmpegError, StopIteration) as error:
-                raise _unreadable(self.path, index, error) from error
-            yield image
-
-
-def _unreadable(path: str, index: int, error: Exception) -> ValueError:
-    return ValueError(f"Cannot read frame {index} of the video {path}: {type(error).__name__}: {error}")
+    def _frame(self, index: int) -> np.ndarray:
+        time = self.times[index]
+        keyframe = self.keyframes[max(bisect_right(self.keyframes, time) - 1, 0)]
+        if self.decoded is None or not keyframe <= self.decoded.pts <= time:
+            self.container.seek(time, stream=self.stream)
+            self.frames = self.container.decode(self.stream)
+            self.decoded = next(self.frames)
+        while self.decoded.pts < time:
+            self.decoded = next(self.frames)
+        return self.decoded.to_ndarray(format="rgb24")
 
 
 __all__ = ["NeoVideoProcessor"]
