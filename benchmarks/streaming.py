@@ -1,11 +1,11 @@
 """
 Live video and long prompts, on random weights, in float32 on a CPU.
 
-1. Frames arrive one by one, each followed by a look at the next token: `NeoStream` against computing the whole prompt
-   anew at each frame. Total seconds, seconds per frame as the video grows, peak memory.
+1. Frames arrive one by one: `NeoStream` against computing the whole prompt anew at each frame, both without logits.
+   Total seconds, seconds per frame as the video grows, peak memory.
 2. Prefill of long prompts of frames: FlexAttention, which builds no L x L mask, against SDPA with the dense mask.
 
-Each measurement has a process of its own, so that peak memory is its own.
+Each measurement has a process of its own, so that peak memory is its own, and one thread.
 """
 
 import argparse
@@ -29,6 +29,7 @@ def build_model(attn_implementation="sdpa", **text_config):
     from neo_hf import NeoConfig, NeoForConditionalGeneration
 
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     config = NeoConfig(
         text_config={"num_pre_buffer_layers": 1, "vocab_size": 151_936, **text_config},
         vision_config={"hidden_size": 128},
@@ -47,8 +48,8 @@ def measure_stream(kind: str, num_frames: int) -> dict:
     from neo_hf.tokenization import load_qwen_package_tokenizer
 
     model = build_model(
-        hidden_size=256,
-        intermediate_size=768,
+        hidden_size=512,
+        intermediate_size=1536,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -74,7 +75,7 @@ def measure_stream(kind: str, num_frames: int) -> dict:
             for key in ("pixel_values", "image_grid_hw"):
                 inputs[key] = torch.cat([each[key] for each in features[: number + 1]])
             with torch.no_grad():
-                model(**inputs, logits_to_keep=1)
+                model(**inputs, logits_to_keep=torch.empty(0, dtype=torch.long))
         seconds.append(time.perf_counter() - started)
     return {"seconds": seconds, "megabytes": peak_megabytes() - before}
 

@@ -309,8 +309,10 @@ def test_bad_frames():
     processor = NeoVideoProcessor()
     with pytest.raises(ValueError, match="frame 1 is 64x32 and the first 32x64"):
         processor([gray(0), gray(1, 64, 32)])
-    for nothing in ([], np.zeros((0, 32, 32, 3), np.uint8), [[]], 3, None):
-        with pytest.raises(ValueError, match="video"):
+    with pytest.raises(ValueError, match=r"at least one frame, got \(0, 32, 32, 3\)"):
+        processor(np.zeros((0, 32, 32, 3), np.uint8))
+    for nothing in ([], [[]], 3, None, "", np.zeros((32, 32, 3), np.uint8)):
+        with pytest.raises(ValueError, match=r"A video must be a path|Cannot read the video"):
             processor(nothing)
 
 
@@ -333,6 +335,19 @@ def test_token_budget(caplog):
     with caplog.at_level("WARNING"):
         assert run(20) == ([0, 2, 4, 5, 7, 8, 10, 12, 13, 15], [2, 4])
     assert "took 10 of 16 frames, of 2 visual tokens instead of 128 each" in caplog.text
+
+
+def test_num_multimodal_tokens(processor):
+    frames = [
+        np.stack([gray(number, *size) for number in range(count)]) for count, *size in ((3, 64, 96), (9, 256, 512))
+    ]
+    sizes = [video.shape[:3] for video in frames]
+    for settings in ({}, {"max_pixels": 16384}, {"max_video_tokens": 15}):
+        features = processor(text="<video>" * 2, videos=frames, videos_kwargs=settings)
+        counted = processor._get_num_multimodal_tokens(video_sizes=sizes, videos_kwargs=settings)
+        assert sum(counted.num_video_tokens) == features["input_ids"][0].count(IMAGE)
+        assert counted.num_image_tokens is None
+    assert processor.model_input_names == ["pixel_values", "image_grid_hw", "input_ids", "attention_mask"]
 
 
 def test_save_and_load(processor, tmp_path):

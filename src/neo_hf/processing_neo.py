@@ -243,24 +243,32 @@ class NeoProcessor(ProcessorMixin):
                 "left. Raise max_length or turn truncation off."
             )
 
-    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+    @property
+    def model_input_names(self) -> list[str]:
+        return list(dict.fromkeys(super().model_input_names))  # pictures and videos share theirs
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
         """
-        Visual tokens and patches of pictures of the given sizes. How many frames a video gives is known by its file.
+        Visual tokens and patches of pictures and videos of the given sizes.
 
         Args:
             image_sizes: (height, width) in pixels of each picture.
-            kwargs: pixel budgets, as in a call.
+            video_sizes: (sampled frames, height, width) of each video.
+            kwargs: budgets, as in a call.
         """
-        if image_sizes is None:
-            return MultiModalData()
-        images_kwargs = self._merge_kwargs(**kwargs)["images_kwargs"]
-        merge_size = images_kwargs.get("spatial_merge_size", self.image_processor.spatial_merge_size)
-        patches = [
-            self.image_processor.get_number_of_image_patches(height, width, images_kwargs)
-            for height, width in image_sizes
-        ]
-        tokens = [count // merge_size**2 for count in patches]
-        return MultiModalData(num_image_tokens=tokens, num_image_patches=patches)
+        merged, counts = self._merge_kwargs(**kwargs), {}
+        if image_sizes is not None:
+            settings = merged["images_kwargs"]
+            merge_size = settings.get("spatial_merge_size", self.image_processor.spatial_merge_size)
+            patches = [self.image_processor.get_number_of_image_patches(*size, settings) for size in image_sizes]
+            counts["num_image_patches"] = patches
+            counts["num_image_tokens"] = [count // merge_size**2 for count in patches]
+        if video_sizes is not None:
+            settings = merged["videos_kwargs"]
+            merge_size = settings.get("spatial_merge_size", self.video_processor.spatial_merge_size)
+            patches = [self.video_processor.get_num_of_video_patches(*size, settings) for size in video_sizes]
+            counts["num_video_tokens"] = [count // merge_size**2 for count in patches]
+        return MultiModalData(**counts)
 
 
 def serialize_video(

@@ -121,8 +121,9 @@ class NeoStream:
 
         own_start = next(number for number, (start, _) in enumerate(offsets) if start >= len(self._pending))
         first = len(self._ids)
-        self.append(torch.tensor([ids]), features["pixel_values"], features["image_grid_hw"])
-        self._give_newline(offsets)
+        no_logits = torch.empty(0, dtype=torch.long)
+        self.append(torch.tensor([ids]), features["pixel_values"], features["image_grid_hw"], logits_to_keep=no_logits)
+        self._give_newline(first, offsets)
         self._frames.append(_Frame(first + own_start, len(self._ids), timestamp))
         self._pending, self._pending_newline = "\n", True
         self._last_timestamp = timestamp if timestamp is not None else self._last_timestamp
@@ -244,7 +245,7 @@ class NeoStream:
             thread.join()
             self._is_answering = False
             if keep and "output" in result:
-                self._give_newline(offsets)
+                self._give_newline(len(self._ids), offsets)
                 self._keep(result["output"][0].tolist(), positions, end)
             else:
                 self._rewind(cached)
@@ -295,10 +296,10 @@ class NeoStream:
         positions[0] += self._next_t
         return positions
 
-    def _give_newline(self, offsets: list[tuple[int, int]]):
-        """The newline after the last frame, where it is a token of its own, goes when the frame does."""
-        if self._pending_newline and offsets[0][1] == 1:
-            self._frames[-1] = replace(self._frames[-1], end=self._frames[-1].end + 1)
+    def _give_newline(self, first: int, offsets: list[tuple[int, int]]):
+        """The newline after the last frame, where it is a token of its own at `first`, goes when the frame does."""
+        if self._pending_newline and offsets[0][1] == 1 and self._frames[-1].end == first:
+            self._frames[-1] = replace(self._frames[-1], end=first + 1)
 
     def _make_room(self, num_new: int, timestamp: float | None):
         """Drop the oldest frames until the bounds hold with so many new tokens of that time."""

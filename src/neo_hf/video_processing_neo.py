@@ -89,6 +89,7 @@ class NeoVideoProcessor(VideoProcessorMixin, NeoImageProcessor):
     end = None
     do_sample_frames = None
     valid_kwargs: Any = NeoVideoProcessorKwargs
+    model_input_names = ["pixel_values", "image_grid_hw"]
 
     def __init__(self, **kwargs: Any):
         if kwargs.get("fps") is None and any(
@@ -298,6 +299,17 @@ class NeoVideoProcessor(VideoProcessorMixin, NeoImageProcessor):
         )
         return kept, budget
 
+    def get_num_of_video_patches(
+        self, num_frames: int, height: int, width: int, videos_kwargs: dict | None = None
+    ) -> int:
+        """Patches of `num_frames` frames of `height` x `width` pixels; `videos_kwargs` may change the budgets."""
+        names = ("patch_size", "spatial_merge_size", "min_pixels", "max_pixels", "max_video_tokens", "do_resize")
+        settings = {name: getattr(self, name) for name in names}
+        settings |= {name: value for name, value in (videos_kwargs or {}).items() if name in settings}
+        metadata = VideoMetadata(total_num_frames=num_frames, height=height, width=width)
+        kept, settings["max_pixels"] = self._fit([*range(num_frames)], metadata, **settings)
+        return len(kept) * self.get_number_of_image_patches(height, width, settings)
+
 
 def video_duration(metadata: VideoMetadata) -> float | None:
     """Seconds that a video lasts, `None` where its frame rate is unknown."""
@@ -353,7 +365,9 @@ def _metadata_of_frames(frames, known: VideoMetadata | dict | None) -> VideoMeta
         indices = [int(index) for index in metadata.frames_indices]
         metadata.frames_indices = None if indices == [*range(metadata.total_num_frames)] else indices
     described = metadata.total_num_frames if metadata.frames_indices is None else len(metadata.frames_indices)
-    if described != len(frames) or not described:
+    if not len(frames):
+        raise ValueError(f"A video must have at least one frame, got {getattr(frames, 'shape', frames)}.")
+    if described != len(frames):
         raise ValueError(f"video_metadata describes {described} frames, but {len(frames)} were given.")
     return metadata
 
