@@ -102,3 +102,14 @@ def test_flex_attention_equals_sdpa(head_dim, packed):
         expected = model(**inputs).logits
         model.set_attn_implementation("flex_attention")
         torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_flex_attention_generates():
+    """The prompt by FlexAttention, then single tokens by SDPA."""
+    model = random_model(tiny_config(text_config={"head_dim": 64, "num_hidden_layers": 2}), attn_implementation="sdpa")
+    inputs = one(random_prompt(torch.Generator().manual_seed(6), [(3, 5), (2, 2)]))
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**inputs, **settings)
+    model.set_attn_implementation("flex_attention")
+    assert torch.equal(model.generate(**inputs, **settings), expected)

@@ -32,6 +32,27 @@ AUTO_MAP = {
     "AutoVideoProcessor": "video_processing_neo.NeoVideoProcessor",
 }
 
+# What a decoder has in common with Qwen3, under the same names.
+QWEN3_FIELDS: tuple[str, ...] = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "attention_bias",
+    "attention_dropout",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+
 # The released configs do not say where the pre-Buffer ends; their depths do (paper, Table 1).
 PRE_BUFFER_LAYERS_BY_DEPTH = {40: 12, 42: 6}
 
@@ -133,6 +154,11 @@ class NeoTextConfig(PreTrainedConfig):
             "rope_parameters must hold {'rope_type': 'default', 'rope_theta': positive number} for each of "
             f"{self._rope_type_labels}, got {self.rope_parameters}.",
         )
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a head's queries and keys, [T, H, W]; values are `head_dim` wide. The name says so to caches."""
+        return 2 * self.head_dim
 
 
 @strict
@@ -291,14 +317,15 @@ def raw_config_to_neo(raw: dict[str, Any]) -> dict[str, Any]:
     def rope(theta: float) -> dict[str, Any]:
         return {"rope_type": "default", "rope_theta": float(theta)}
 
-    text_config = {key: text[key] for key in NeoTextConfig.default_config_fields() if key in text}
+    text_config = {key: text[key] for key in QWEN3_FIELDS if key in text}
     text_config["rope_parameters"] = {
         "temporal": rope(text.get("rope_theta", 1_000_000.0)),
         "height": rope(text.get("rope_theta_hw", 10_000.0)),
         "width": rope(text.get("rope_theta_hw", 10_000.0)),
     }
     text_config["num_pre_buffer_layers"] = text.get("extra_num_layers")
-    vision_config = {key: vision[key] for key in NeoVisionConfig.default_config_fields() if key in vision}
+    vision_fields = ("patch_size", "num_channels", "hidden_size", "min_pixels", "max_pixels")
+    vision_config = {key: vision[key] for key in vision_fields if key in vision}
     vision_config["spatial_merge_size"] = round(1 / downsample_ratio)
     vision_config["rope_parameters"] = rope(vision.get("rope_theta_vision", 10_000.0))
 

@@ -94,9 +94,6 @@ class NeoGenerationMixin(GenerationMixin):
             _refuse_split_pictures(input_ids, generation_config.prefill_chunk_size, model_kwargs, self._image_token_id)
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
-    def _get_static_cache_init_shape(self):
-        return None  # the cache takes its widths from the first update: keys are twice as wide as values
-
     @torch.no_grad()
     def chat(
         self,

@@ -3,10 +3,18 @@
 from .configuration_neo import NeoTextConfig
 from .indexing_neo import document_starts, picture_ids
 
+import copy
+
 import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.import_utils import is_tracing
+
+
+def attention_implementation(config: NeoTextConfig, length: int) -> str:
+    """The implementation that attends `length` queries: FlexAttention has nothing to win on a single one."""
+    implementation = config._attn_implementation
+    return "sdpa" if implementation == "flex_attention" and length == 1 else implementation
 
 
 def create_neo_mask(
@@ -50,6 +58,9 @@ def create_neo_mask(
         kv_length, _ = past_key_values.get_mask_sizes(length, 0)
         places = torch.arange(length, device=pictures.device) + past_key_values.get_query_offset(0)
         pictures = pictures.new_full((pictures.shape[0], kv_length), -1).index_copy(1, places, pictures)
+    if (implementation := attention_implementation(config, length)) != config._attn_implementation:
+        config = copy.copy(config)
+        config._attn_implementation = implementation
     return create_causal_mask(
         config,
         inputs_embeds,

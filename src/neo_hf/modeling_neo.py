@@ -18,7 +18,7 @@ K key/value heads, d head_dim; P patches and V visual tokens of N pictures.
 from .configuration_neo import NeoConfig, NeoTextConfig, NeoVisionConfig
 from .generation_neo import NeoGenerationMixin
 from .indexing_neo import allocate_position_ids, check_grid, place_in_grids
-from .masking_neo import create_neo_mask
+from .masking_neo import attention_implementation, create_neo_mask
 
 import math
 from collections.abc import Callable
@@ -204,7 +204,7 @@ class NeoAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        implementation = self.config._attn_implementation
+        implementation = attention_implementation(self.config, query.shape[2])
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         # SDPA's fast kernels want values as wide as keys; a single query is faster without the copy.
         pad_value = implementation == "sdpa" and query.shape[2] > 1

@@ -102,7 +102,9 @@ class NeoProcessor(ProcessorMixin):
         self.image_start_token = "<img>"
         self.image_end_token = "</img>"
         if video_processor is None:
-            video_processor = NeoVideoProcessor()
+            names = ("patch_size", "spatial_merge_size")
+            shared = {name: getattr(image_processor, name) for name in names if hasattr(image_processor, name)}
+            video_processor = NeoVideoProcessor(**shared)
         super().__init__(
             image_processor, tokenizer, video_processor, chat_template=chat_template or CHAT_TEMPLATE, **kwargs
         )

@@ -1,9 +1,11 @@
 """NEO's tokenizer: Qwen3's with special tokens for pictures, boxes and actions."""
 
+import os
 from importlib.resources import files
+from pathlib import Path
 
 from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 # In the order of their ids, 151669 and on.
@@ -61,6 +63,27 @@ def add_neo_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
         [AddedToken(token, normalized=False, special=True) for token in NEO_SPECIAL_TOKENS], special_tokens=True
     )
     return tokenizer
+
+
+def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerBase | None:
+    """
+    The tokenizer in a folder, or `None` where there is none.
+
+    Args:
+        folder: with `tokenizer.json`, or `vocab.json` and `merges.txt` (then Qwen's).
+
+    Raises:
+        ValueError: its files cannot be read.
+    """
+    folder = Path(folder)
+    if not ((folder / "tokenizer.json").exists() or all((folder / f).exists() for f in ("vocab.json", "merges.txt"))):
+        return None
+    try:
+        if (folder / "tokenizer_config.json").exists():
+            return AutoTokenizer.from_pretrained(folder)
+        return Qwen2Tokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises plain exceptions
+        raise ValueError(f"The tokenizer in {folder} cannot be read: {error}") from error
 
 
 def load_qwen_package_tokenizer() -> PreTrainedTokenizerBase:

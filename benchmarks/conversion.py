@@ -1,0 +1,74 @@
+"""
+Time and peak memory of converting a raw checkpoint of random bf16 weights, against copying its files.
+
+    python benchmarks/conversion.py [--layers 32] [--repeats 3]
+
+The default of 32 layers of NEO-2B's width is 4 GB. Peak memory is what a process needs beyond what
+importing neo_hf needs. Copy and conversion take turns; figures are medians.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from neo_hf import NeoConfig
+from neo_hf.checkpoint import TensorInfo, write_shards
+from neo_hf.conversion import _expected_shapes
+from neo_hf.raw_checkpoint import neo_config_to_raw, neo_to_raw_name
+
+# The high-water mark of this process only: getrusage() starts from that of the parent.
+REPORT = "print(*(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+CONVERT = "import sys; from neo_hf.conversion import convert_raw_to_hub; convert_raw_to_hub(*sys.argv[1:]); "
+
+
+def peak(script, *arguments):
+    """Peak resident memory of a process in GB, and its time in seconds."""
+    start = time.perf_counter()
+    command = [sys.executable, "-c", script + REPORT, *arguments]
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    return int(run.stdout.split()[-2]) * 1024 / 1e9, time.perf_counter() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    config = NeoConfig(
+        text_config={"num_hidden_layers": arguments.layers, "num_pre_buffer_layers": 4}, dtype=torch.bfloat16
+    )
+    infos = {
+        neo_to_raw_name(name): TensorInfo(shape, torch.bfloat16) for name, shape in _expected_shapes(config).items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        raw, out = Path(folder) / "raw", Path(folder) / "out"
+        raw.mkdir()
+        write_shards(raw, infos, lambda name: torch.randn(infos[name].shape).to(torch.bfloat16), "2GB")
+        (raw / "config.json").write_text(json.dumps(neo_config_to_raw(config)))
+        size = sum(file.stat().st_size for file in raw.iterdir()) / 1e9
+        imported, start_up = peak("import neo_hf.conversion; ")
+        times, peaks = {"copy": [], "convert": []}, []
+        for _ in range(arguments.repeats):
+            start = time.perf_counter()
+            shutil.copytree(raw, out)
+            times["copy"].append(time.perf_counter() - start)
+            shutil.rmtree(out)
+            memory, elapsed = peak(CONVERT, str(raw), str(out))
+            times["convert"].append(elapsed - start_up)
+            peaks.append(memory - imported)
+            shutil.rmtree(out)
+    copy, convert = (statistics.median(values) for values in times.values())
+    print(f"{size:.2f} GB: copy {copy:.1f} s, conversion {convert:.1f} s ({convert / copy:.2f} x)")
+    print(f"peak memory {max(peaks):.2f} GB beyond {imported:.2f} GB of the imports")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+"""A Qwen3 LLM to a NEO that is ready for pre-training: `neo-hf init` as a script."""
+
+import sys
+
+from neo_hf.cli import main
+
+if __name__ == "__main__":
+    main(["init", *sys.argv[1:]])

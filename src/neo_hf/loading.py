@@ -1,0 +1,64 @@
+"""Open a NEO by name, whatever its layout: a Hub id, a folder in Hub format or a raw checkpoint."""
+
+from .configuration_neo import NeoConfig
+from .image_processing_neo import NeoImageProcessor
+from .modeling_neo import NeoForConditionalGeneration
+from .processing_neo import NeoProcessor
+from .tokenization import add_neo_tokens, load_tokenizer
+
+import os
+
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedConfig
+
+
+def is_raw(name_or_path: str | os.PathLike) -> bool:
+    """Whether a Hub id or a folder holds a raw checkpoint (`model_type` "neo_chat")."""
+    config_dict, _ = PreTrainedConfig.get_config_dict(name_or_path)
+    return config_dict.get("model_type") == "neo_chat"
+
+
+def default_image_processor(config: NeoConfig) -> NeoImageProcessor:
+    """The image processor that a configuration asks for."""
+    names = ("patch_size", "spatial_merge_size", "min_pixels", "max_pixels")
+    return NeoImageProcessor(**{name: getattr(config.vision_config, name) for name in names})
+
+
+def load_image_processor(name_or_path: str | os.PathLike) -> NeoImageProcessor:
+    """The image processor of a NEO; that of a raw checkpoint follows from its configuration."""
+    if not is_raw(name_or_path):
+        return NeoImageProcessor.from_pretrained(name_or_path)
+    return default_image_processor(NeoConfig.from_pretrained(name_or_path))
+
+
+def load_processor(name_or_path: str | os.PathLike) -> NeoProcessor:
+    """The processor of a NEO; that of a raw checkpoint is put together from its tokenizer and configuration."""
+    if not is_raw(name_or_path):
+        return NeoProcessor.from_pretrained(name_or_path)
+    folder = name_or_path
+    if not os.path.isdir(name_or_path):
+        folder = snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.txt"])
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise ValueError(f"{name_or_path} needs a tokenizer: tokenizer.json, or vocab.json and merges.txt.")
+    add_neo_tokens(tokenizer)
+    tokenizer.padding_side = "left"
+    return NeoProcessor(load_image_processor(name_or_path), tokenizer)
+
+
+def load_model_and_processor(
+    name_or_path: str | os.PathLike, **kwargs
+) -> tuple[NeoForConditionalGeneration, NeoProcessor]:
+    """
+    Model and processor of a NEO.
+
+    Args:
+        name_or_path: Hub id, folder in Hub format or raw folder.
+        kwargs: of `NeoForConditionalGeneration.from_pretrained`.
+    """
+    processor = load_processor(name_or_path)
+    model = NeoForConditionalGeneration.from_pretrained(name_or_path, **kwargs).eval()
+    for name in ("image_token_id", "image_start_token_id", "image_end_token_id"):
+        # Raw configurations leave them to the tokenizer.
+        setattr(model.config, name, getattr(processor, name))
+    return model, processor

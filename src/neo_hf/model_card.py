@@ -1,0 +1,143 @@
+"""Model cards, of the released checkpoints and of any other: one template, one data file, both in `templates/`."""
+
+from ._version import __version__
+from .configuration_neo import NeoConfig
+from .modeling_neo import NeoForConditionalGeneration
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+TEMPLATES = files("neo_hf") / "templates"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """
+    Where converted weights come from.
+
+    source: Hub id or path of what was converted, as the card is to show it.
+    sha256: hexadecimal SHA-256 of each input file, by file name.
+    converter: name and version of what converted it.
+    """
+
+    source: str
+    sha256: Mapping[str, str]
+    converter: str = f"neo-hf {__version__}"
+
+
+@cache
+def load_release() -> dict[str, Any]:
+    """The data file; its `checkpoints` are the released ones by Hub id."""
+    return yaml.safe_load((TEMPLATES / "released_checkpoints.yaml").read_text(encoding="utf-8"))
+
+
+def released_config(checkpoint: str) -> NeoConfig:
+    """
+    Configuration of a released checkpoint, e.g. "Paranioar/NEO1_0-2B-SFT".
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
+    return NeoConfig(**load_release()["sizes"][_released(checkpoint)["size"]]["config"])
+
+
+def count_parameters(config: NeoConfig) -> dict[str, int]:
+    """Parameters of the whole model (`total`) and of its parts, without allocating them. A tied head counts once."""
+    with torch.device("meta"):
+        model = NeoForConditionalGeneration(config)
+    parts: dict[str, torch.nn.Module] = {"patch_embedding": model.model.patch_embed}
+    if config.text_config.num_pre_buffer_layers is not None:
+        parts |= {"pre_buffer": model.model.pre_buffer, "post_llm": model.model.post_llm}
+    counts = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
+    return {"total": model.num_parameters(), **counts}
+
+
+def render_model_card(
+    config: NeoConfig, model_id: str, released: str | None = None, provenance: Provenance | None = None
+) -> ModelCard:
+    """
+    The model card of a checkpoint in the layout of `save_pretrained`.
+
+    Args:
+        config: of the checkpoint; the figures of the architecture follow from it.
+        model_id: Hub id or folder from which the card's examples load it; its last part is the title.
+        released: Hub id of the released checkpoint whose weights these are: the card then has its licence, training
+            data and published results. `None`: the card says only what the configuration and `provenance` tell.
+        provenance: of converted weights.
+
+    Raises:
+        ValueError: `released` is not a released checkpoint.
+    """
+    release = load_release()
+    name = Path(model_id).name
+    data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
+    tags = ["neo", "multimodal", "vision-language", "encoder-free"]
+    context: dict[str, Any] = {}
+    if released is not None:
+        checkpoint = _released(released)
+        family, size = release["families"][checkpoint["family"]], release["sizes"][checkpoint["size"]]
+        names = list(family["stages"])
+        stages = {stage: family["stages"][stage] for stage in names[: names.index(checkpoint["stage"]) + 1]}
+        results = checkpoint.get("results", [])
+        context = {
+            "family": family,
+            "family_name": checkpoint["family"],
+            "size": size,
+            "size_name": checkpoint["size"],
+            "stage": checkpoint["stage"],
+            "stages": stages,
+            "results": results,
+        }
+        tags += ["video-text-to-text"] if family["video"] else []
+        data |= {
+            "license": release["license"],
+            "language": family["languages"],
+            "base_model": f"Qwen/{size['llm']}-Base",
+            "base_model_relation": "finetune",
+            "datasets": [dataset for stage in stages.values() for dataset in stage["datasets"]] or None,
+        }
+        if results:
+            data["model_name"] = name
+            data["eval_results"] = [
+                EvalResult(
+                    task_type="image-text-to-text",
+                    task_name=group["domain"],
+                    dataset_type=benchmark.lower(),
+                    dataset_name=benchmark,
+                    metric_type="score",
+                    metric_name="VLMEvalKit score, as published",
+                    metric_value=score,
+                    source_name=release["sources"][group["source"]]["name"],
+                    source_url=release["sources"][group["source"]]["url"],
+                )
+                for group in results
+                for benchmark, score in group["scores"].items()
+            ]
+    return ModelCard.from_template(
+        ModelCardData(tags=tags, **data),
+        template_str=(TEMPLATES / "model_card.md.jinja").read_text(encoding="utf-8"),
+        name=name,
+        model_id=model_id,
+        text=config.text_config,
+        vision=config.vision_config,
+        parameters=count_parameters(config),
+        released=released,
+        provenance=provenance,
+        release=release,
+        **context,
+    )
+
+
+def _released(checkpoint: str) -> dict[str, Any]:
+    checkpoints = load_release()["checkpoints"]
+    if checkpoint not in checkpoints:
+        raise ValueError(f"{checkpoint!r} is not a released checkpoint. Those are {', '.join(checkpoints)}.")
+    return checkpoints[checkpoint]

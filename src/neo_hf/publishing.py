@@ -1,0 +1,71 @@
+"""Publish a folder in Hub format."""
+
+from .checkpoint import open_checkpoint
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+
+REQUIRED = (
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+
+
+def check_complete(folder: str | Path) -> dict[str, int]:
+    """
+    What would be published: size in bytes of each file.
+
+    Raises:
+        ValueError: lists the files that a complete repository of NEO lacks, or says what is wrong with the weights.
+    """
+    folder = Path(folder)
+    code = sorted(file.name for file in Path(__file__).parent.glob("*_neo.py"))
+    missing = [name for name in (*REQUIRED, *code) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} is not complete, it lacks {', '.join(missing)}.")
+    open_checkpoint(folder)
+    return {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """
+    Publish a complete folder. An interrupted upload goes on where it stopped when it is started again.
+
+    Args:
+        folder: in Hub format.
+        repo_id: "user/name"; made where it does not exist.
+        private: of a new repository.
+        revision: branch to push to; made where it does not exist.
+        create_pr: open a pull request instead.
+
+    Returns:
+        Address of the commit or pull request.
+
+    Raises:
+        ValueError: the folder is not complete; or in one sentence, why the Hub could not be reached or refused.
+    """
+    check_complete(folder)
+    if get_token() is None:
+        raise ValueError("There is no Hub token: log in with `hf auth login`, or set HF_TOKEN.")
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr)
+    except Exception as error:  # refusals, and whatever the HTTP library raises without a network
+        raise ValueError(f"Publishing to {repo_id} failed: {error}") from error
+    return commit.pr_url or commit.commit_url
