@@ -5,7 +5,6 @@ from .image_processing_neo import NeoImageProcessor  # noqa: F401  (ships along,
 from .indexing_neo import allocate_position_ids
 from .video_processing_neo import NeoVideoProcessor, NeoVideoProcessorKwargs, flatten_videos, is_video, video_duration
 
-import re
 from itertools import chain
 from typing import Any
 
@@ -139,8 +138,14 @@ class NeoProcessor(ProcessorMixin):
             ValueError: placeholders and pictures or videos differ in number, truncation cut through a picture, or a
                 picture or video cannot be read or has an impossible size.
         """
+        offsets_asked = kwargs.get("return_text_replacement_offsets")
+        if videos is not None and text is not None:
+            kwargs["return_text_replacement_offsets"] = True  # they tell the order of pictures and videos
         inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
-        self._join_streams(inputs, text)
+        offsets = (
+            inputs.get("text_replacement_offsets") if offsets_asked else inputs.pop("text_replacement_offsets", None)
+        )
+        self._join_streams(inputs, offsets)
         if kwargs.get("return_position_ids", self.return_position_ids):
             if not hasattr(inputs.get("input_ids"), "shape"):
                 raise ValueError('return_position_ids needs text and return_tensors="pt".')
@@ -154,8 +159,8 @@ class NeoProcessor(ProcessorMixin):
             )
         return inputs
 
-    def _join_streams(self, inputs: BatchFeature, text: str | list[str] | None):
-        """Put the patches of pictures and of videos in the order in which the texts name them, in place."""
+    def _join_streams(self, inputs: BatchFeature, offsets: list[list[dict]] | None):
+        """Put the patches of pictures and of videos in the order of their placeholders, in place."""
         frames = {name: inputs.pop(f"video_{name}", None) for name in ("pixel_values", "image_grid_hw", "frames")}
         if frames["frames"] is None:
             return
@@ -165,13 +170,10 @@ class NeoProcessor(ProcessorMixin):
         if "pixel_values" in inputs:
             picture_grids = list(inputs["image_grid_hw"])
             pictures = _split(inputs["pixel_values"], picture_grids, [1] * len(picture_grids))
-        if text is None:
-            units = pictures + videos
-        else:
-            pattern = f"{re.escape(self.image_token)}|{re.escape(self.video_token)}"
-            iterators = {self.image_token: iter(pictures), self.video_token: iter(videos)}
-            placeholders = re.findall(pattern, "".join([text] if isinstance(text, str) else text))
-            units = [next(iterators[placeholder]) for placeholder in placeholders]
+        units = pictures + videos
+        if offsets is not None:
+            iterators = {"image": iter(pictures), "video": iter(videos)}
+            units = [next(iterators[replaced["type"]]) for row in offsets for replaced in row]
         stack, join = (torch.stack, torch.cat) if isinstance(pixels, torch.Tensor) else (np.stack, np.concatenate)
         inputs["pixel_values"] = join([unit for unit, _ in units])
         inputs["image_grid_hw"] = stack([grid for _, unit_grids in units for grid in unit_grids])
