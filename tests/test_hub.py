@@ -18,6 +18,7 @@ CODE_FILES = {
     "masking_neo.py",
     "modeling_neo.py",
     "processing_neo.py",
+    "video_processing_neo.py",
 }
 
 
@@ -54,10 +55,11 @@ def test_files(hub_folder):
         "AutoModelForMultimodalLM",
         "AutoImageProcessor",
         "AutoProcessor",
+        "AutoVideoProcessor",
     }
 
 
-def test_remote_code(hub_folder, real_vocabulary_model, processor, photographs, tmp_path):
+def test_remote_code(hub_folder, real_vocabulary_model, processor, photographs, clips, tmp_path):
     photographs[0].save(tmp_path / "photograph.png")
     script = """
         import torch
@@ -65,12 +67,17 @@ def test_remote_code(hub_folder, real_vocabulary_model, processor, photographs, 
             AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM,
             AutoProcessor, AutoTokenizer,
         )
-        folder, picture, again = sys.argv[1:]
+        from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+        folder, picture, again, video = sys.argv[1:]
         for path in (folder, again):  # the second time what was saved from remote code
             trust = {"trust_remote_code": True}
             assert AutoConfig.from_pretrained(path, **trust).model_type == "neo"
             assert AutoImageProcessor.from_pretrained(path, **trust)(picture).image_grid_hw.tolist() == [[12, 18]]
             processor = AutoProcessor.from_pretrained(path, **trust)
+            found = AutoVideoProcessor.from_pretrained(path, **trust)(video, num_frames=3)
+            assert found.image_grid_hw.tolist() == [[8, 12]] * 3
+            prompt = processor(text="<video>Hm?", videos=video, num_frames=2)
+            assert "[00:01.33]:<img>" in processor.decode(prompt.input_ids[0])
             content = [{"type": "image", "path": picture}, {"type": "text", "text": "Hm?"}]
             inputs = processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
@@ -96,7 +103,12 @@ def test_remote_code(hub_folder, real_vocabulary_model, processor, photographs, 
                               history=None, return_history=False, verbose=False)))
     """
     run = run_without_package(
-        script, hub_folder, tmp_path / "photograph.png", tmp_path / "again", cache=tmp_path / "cache"
+        script,
+        hub_folder,
+        tmp_path / "photograph.png",
+        tmp_path / "again",
+        clips / "carphone_pristine.mp4",
+        cache=tmp_path / "cache",
     )
     assert run.returncode == 0, run.stderr
     message = {

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import IMAGE, IMAGE_START, one, random_model, random_prompt, tiny_config
@@ -113,3 +116,30 @@ def test_flex_attention_generates():
     expected = model.generate(**inputs, **settings)
     model.set_attn_implementation("flex_attention")
     assert torch.equal(model.generate(**inputs, **settings), expected)
+
+
+FLEX_MASK = """
+import resource
+import torch
+from neo_hf import NeoTextConfig
+from neo_hf.masking_neo import create_neo_mask
+
+config = NeoTextConfig(num_hidden_layers=1)
+config._attn_implementation = "flex_attention"
+peaks = []
+for length in (1024, 2048, 32_768):  # the first two compile
+    temporal = torch.arange(length) // 64  # pictures of 64 tokens
+    position_ids = torch.stack([temporal] * 3)[:, None]
+    mask = create_neo_mask(config, torch.empty(1, length, 0), None, None, position_ids)
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(mask.sparsity(), peaks[-1] - peaks[-2])
+"""
+
+
+@pytest.mark.slow
+def test_flex_attention_has_no_dense_mask():
+    """Of 32K tokens, one bit in a byte each, that would be a gigabyte."""
+    run = subprocess.run([sys.executable, "-c", FLEX_MASK], capture_output=True, text=True, check=True)
+    sparsity, kilobytes = map(float, run.stdout.split())
+    assert 49 < sparsity < 50  # per cent: nothing but the blocks above the diagonal
+    assert kilobytes < 100_000

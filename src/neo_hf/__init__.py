@@ -10,6 +10,7 @@ from .indexing_neo import allocate_position_ids
 from .modeling_neo import NeoForConditionalGeneration, NeoModel, NeoTextModel
 from .processing_neo import NeoProcessor
 from .raw_checkpoint import register_raw_checkpoints
+from .video_processing_neo import NeoVideoProcessor
 
 from transformers import (
     AutoConfig,
@@ -20,12 +21,16 @@ from transformers import (
     AutoProcessor,
 )
 
+# The one in `transformers` is a placeholder where torchvision is not installed.
+from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+
 AutoConfig.register("neo", NeoConfig)
 AutoConfig.register("neo_chat", NeoChatConfig)
 # AutoModel gives the model that can generate, as the released repositories do.
 for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     auto_class.register(NeoConfig, NeoForConditionalGeneration)
 AutoImageProcessor.register(NeoConfig, image_processor_classes={"pil": NeoImageProcessor})
+AutoVideoProcessor.register(NeoConfig, NeoVideoProcessor)
 AutoProcessor.register(NeoConfig, NeoProcessor)
 register_raw_checkpoints()
 
@@ -34,6 +39,7 @@ NeoConfig.register_for_auto_class()
 NeoForConditionalGeneration.register_for_auto_class("AutoModel")
 NeoImageProcessor.register_for_auto_class("AutoImageProcessor")
 NeoProcessor.register_for_auto_class("AutoProcessor")
+NeoVideoProcessor.register_for_auto_class()
 
 __all__ = [
     "NeoConfig",
@@ -43,6 +49,7 @@ __all__ = [
     "NeoProcessor",
     "NeoTextConfig",
     "NeoTextModel",
+    "NeoVideoProcessor",
     "NeoVisionConfig",
     "__version__",
     "allocate_position_ids",

@@ -29,6 +29,7 @@ AUTO_MAP = {
     "AutoModelForMultimodalLM": "modeling_neo.NeoForConditionalGeneration",
     "AutoImageProcessor": "image_processing_neo.NeoImageProcessor",
     "AutoProcessor": "processing_neo.NeoProcessor",
+    "AutoVideoProcessor": "video_processing_neo.NeoVideoProcessor",
 }
 
 # What a decoder has in common with Qwen3, under the same names.

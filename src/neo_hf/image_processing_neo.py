@@ -6,6 +6,7 @@ import base64
 import io
 import math
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -191,7 +192,7 @@ class NeoImageProcessor(PilBackend):
 
     def _preprocess(
         self,
-        images: list[np.ndarray],
+        images: Iterable[np.ndarray],
         do_resize: bool,
         resample: "PILImageResampling",
         do_rescale: bool,
