@@ -98,3 +98,42 @@ def test_raw_checkpoint_with_tokenizer(tmp_path, tokenizer):
 def test_errors(capsys, argv, code, message):
     assert run(*argv) == code
     assert message in capsys.readouterr().err
+
+
+def test_video(folder, capsys, clips):
+    clip = str(clips / "carphone_pristine.mp4")
+    options = ["--frames", "2", "--start", "1", "--end", "3", "--max-new-tokens", "4"]
+    assert run("chat", folder, "--video", clip, "Hm?", *options) == 0
+    model, processor = load_model_and_processor(folder)
+    content = [{"type": "video", "path": clip}, {"type": "text", "text": "Hm?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"num_frames": 2, "start": 1.0, "end": 3.0},
+    )
+    output = model.generate(**inputs, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
+    assert capsys.readouterr().out.strip() == processor.decode(output, skip_special_tokens=True).strip()
+
+
+def test_watch(folder, capsys, clips):
+    clip = str(clips / "carphone_pristine.mp4")
+    assert run("watch", folder, "Hm?", "--video", clip, "--every", "1.5", "--max-new-tokens", "3") == 0
+    lines = capsys.readouterr().out
+    assert "[00:00.00] " in lines
+    assert "[00:01.47] " in lines
+    assert lines.count(" tokens in the cache\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["chat", "--video", "none.mp4", "Hm?"], "none.mp4: there is no such file"),
+        (["watch", "--video", "none.mp4", "--every", "1", "Hm?"], "none.mp4: there is no such file"),
+    ],
+)
+def test_bad_video(capsys, argv, message):
+    assert run(argv[0], "no/such/model", *argv[1:]) == 1
+    assert message in capsys.readouterr().err

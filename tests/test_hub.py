@@ -86,7 +86,7 @@ def test_remote_code(hub_folder, real_vocabulary_model, processor, photographs, 
             for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
                 model = auto_class.from_pretrained(path, **trust)
                 assert type(model).__module__.startswith("transformers_modules"), type(model)
-                print(model.generate(**inputs, max_new_tokens=5, do_sample=False)[0].tolist())
+                print("tokens", model.generate(**inputs, max_new_tokens=5, do_sample=False)[0].tolist())
             if path == folder:
                 model.save_pretrained(again)
                 processor.save_pretrained(again)
@@ -99,8 +99,11 @@ def test_remote_code(hub_folder, real_vocabulary_model, processor, photographs, 
         model.system_message = "Reason step by step."
         pixels, grid = inputs["pixel_values"], inputs["image_grid_hw"]
         settings = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False)
-        print(repr(model.chat(tokenizer, pixel_values=pixels, grid_hw=grid, question="Hm?", generation_config=settings,
-                              history=None, return_history=False, verbose=False)))
+        answer = model.chat(
+            tokenizer, pixel_values=pixels, grid_hw=grid, question="Hm?", generation_config=settings, history=None,
+            return_history=False, verbose=False,
+        )
+        print("answer", repr(answer))
     """
     run = run_without_package(
         script,
@@ -119,9 +122,10 @@ def test_remote_code(hub_folder, real_vocabulary_model, processor, photographs, 
         [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     expected = real_vocabulary_model.generate(**inputs, max_new_tokens=5, do_sample=False)[0].tolist()
-    *outputs, answer = run.stdout.splitlines()
-    assert outputs == [str(expected)] * 6
-    assert len(answer) > 2
+    # Other packages may print as well.
+    *outputs, answer = [line for line in run.stdout.splitlines() if line.startswith(("tokens ", "answer "))]
+    assert outputs == [f"tokens {expected}"] * 6
+    assert len(answer) > len("answer ''")
     assert {path.name for path in (tmp_path / "again").glob("*.py")} == CODE_FILES
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_snippets(tmp_path, monkeypatch, real_vocabulary_model, processor, tokenizer, capsys):
+def test_snippets(tmp_path, monkeypatch, real_vocabulary_model, processor, tokenizer, clips, capsys):
     monkeypatch.chdir(tmp_path)
     real_vocabulary_model.save_pretrained("NEO-2B")
     processor.save_pretrained("NEO-2B")
@@ -18,8 +18,9 @@ def test_snippets(tmp_path, monkeypatch, real_vocabulary_model, processor, token
     tokenizer.save_pretrained("NEO-raw")
     for name, size in (("photo.jpg", (200, 120)), ("other.jpg", (90, 160))):
         Image.effect_noise(size, 64).convert("RGB").save(name)
+    shutil.copy(clips / "carphone_pristine.mp4", "video.mp4")
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)

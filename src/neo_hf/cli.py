@@ -5,6 +5,10 @@ from .configuration_neo import NeoConfig
 from .image_processing_neo import load_picture
 from .loading import load_image_processor, load_model_and_processor
 from .modeling_neo import NeoForConditionalGeneration
+from .processing_neo import format_timestamp
+from .streaming import NeoStream
+from .streaming import watch as watch_video
+from .video_processing_neo import open_video
 
 import sys
 from collections.abc import Iterator
@@ -23,6 +27,8 @@ app = typer.Typer(
 )
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder in Hub format, or raw folder.")]
 Images = Annotated[list[str], typer.Option("--image", metavar="FILE", help="Picture (path or URL). May be repeated.")]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Length of an answer at most.")]
+System = Annotated[str, typer.Option(metavar="TEXT", help="System text.")]
 
 
 @app.command()
@@ -30,11 +36,21 @@ def chat(
     model_name: Model,
     question: Annotated[str | None, typer.Argument(metavar="[QUESTION]", help="Without it, a conversation.")] = None,
     image: Images = [],  # noqa: B006 (typer copies it)
-    system: Annotated[str, typer.Option(metavar="TEXT", help="System text.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Length of an answer at most.")] = 4096,
+    video: Annotated[list[str], typer.Option(metavar="FILE", help="Video (path or URL). May be repeated.")] = [],  # noqa: B006
+    frames: Annotated[int | None, typer.Option(metavar="N", help="Frames to take of a video.")] = None,
+    fps: Annotated[float | None, typer.Option(metavar="F", help="Frames to take per second of a video.")] = None,
+    start: Annotated[float | None, typer.Option(metavar="S", help="Second of a video to start at.")] = None,
+    end: Annotated[float | None, typer.Option(metavar="S", help="Second of a video to end at.")] = None,
+    system: System = "",
+    max_new_tokens: MaxNewTokens = 4096,
 ):
-    """Answer a question about pictures, or hold a conversation line by line."""
+    """Answer a question about pictures and videos, or hold a conversation line by line."""
     images = [load_picture(file) for file in image]  # before the weights, which take longer
+    for file in video:
+        if not file.startswith(("http://", "https://")):
+            open_video(file)
+    sampling = {"num_frames": frames, "fps": fps, "start": start, "end": end}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
     model, processor = load_model_and_processor(model_name)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -42,15 +58,45 @@ def chat(
     for text in _questions(question):
         content: list[dict] = [{"type": "text", "text": text}]
         if len(messages) == 1:
-            content = [*({"type": "image", "image": picture} for picture in images), *content]
+            videos = [{"type": "video", "video": file} for file in video]
+            content = [*({"type": "image", "image": picture} for picture in images), *videos, *content]
         messages.append({"role": "user", "content": content})
         inputs: Any = processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"videos_kwargs": sampling},
         )
         inputs = inputs.to(model.device)
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer)
         answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         messages.append({"role": "assistant", "content": answer})
+
+
+@app.command()
+def watch(
+    model_name: Model,
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="Asked after each frame.")],
+    video: Annotated[str, typer.Option(metavar="FILE", help="Video file.")],
+    every: Annotated[float, typer.Option(metavar="SECONDS", help="Seconds of video between two frames.")],
+    system: System = "",
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Drop the oldest frames beyond.")] = None,
+    max_new_tokens: MaxNewTokens = 4096,
+):
+    """Play a video file as if it were live, and answer as it goes."""
+    open_video(video)  # before the weights, which take longer
+    model, processor = load_model_and_processor(model_name)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    stream = NeoStream(model, processor, system=system, max_tokens=max_tokens)
+    for step in watch_video(stream, video, question, every, max_new_tokens=max_new_tokens):
+        print(f"[{format_timestamp(step.timestamp)}] {step.answer}")
+        print(
+            f"  frame {step.frame_seconds:.2f} s, answer {step.answer_seconds:.2f} s, {step.num_tokens} tokens in the "
+            "cache",
+            flush=True,
+        )
 
 
 def _questions(question: str | None) -> Iterator[str]:
