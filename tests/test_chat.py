@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from neo_hf import NeoImageProcessor
 
@@ -81,3 +82,30 @@ def test_end_of_turn(model, tokenizer, monkeypatch):
     ids = tokenizer.encode("<ref>it</ref><box>[[1, 2, 3, 4]]</box> <|im_end|>more")
     monkeypatch.setattr(model, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.tensor([ids])], dim=1))
     assert model.chat(tokenizer, question="Where?", generation_config=SETTINGS) == "it[[1, 2, 3, 4]]"
+
+
+def test_a_history_without_placeholders_takes_no_picture(model, tokenizer, pictures):
+    """Only the first question gets a placeholder by itself."""
+    pixels, grid = pictures
+    with pytest.raises(ValueError, match="0 <image> placeholders, but grid_hw 1 pictures"):
+        model.chat(tokenizer, pixels[: int(grid[0].prod())], "And now?", SETTINGS, history=[], grid_hw=grid[:1])
+
+
+def test_what_generate_is_given(model, tokenizer, monkeypatch):
+    """The end of turn ends the answer, whatever the model is set to, and no token is put in front."""
+    given = {}
+
+    def generate(**kwargs):
+        given.update(kwargs)
+        return kwargs["input_ids"]
+
+    monkeypatch.setattr(model, "generate", generate)
+    model.generation_config.eos_token_id = 7
+    with_start = copy.deepcopy(tokenizer)
+    with_start.bos_token = "<|endoftext|>"
+    with_start._tokenizer.post_processor = TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 151643)])
+    assert with_start.encode("a")[0] == 151643
+    model.chat(with_start, question="Hello!", generation_config={"top_k": 3})
+    assert given["eos_token_id"] == 151645
+    assert given["top_k"] == 3
+    assert given["input_ids"][0, 0] == 151644

@@ -41,7 +41,10 @@ def small_tokenizer(tmp_path_factory):
         words[token] = 501 + i if i < 3 else 487 + i
     words |= {f"v{i}": 487 + i for i in range(3)}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), eos_token="<|im_end|>", pad_token="<pad>"
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")),
+        eos_token="<|im_end|>",
+        pad_token="<pad>",
+        padding_side="right",
     )
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(folder)
@@ -188,6 +191,39 @@ def test_command_line(tmp_path, capsys, golden):
 # Sources
 
 
+def test_pickle_of_an_old_torch(raw, tmp_path, golden):
+    """Not a zip file, so it cannot be mapped into memory."""
+    tensors = load_file(raw / WEIGHTS)
+    (raw / WEIGHTS).unlink()
+    torch.save(tensors, raw / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    convert_raw_to_hub(raw, tmp_path / "hub", verify=True)
+    check_logits(tmp_path / "hub", golden)
+
+
+def test_head_tied_in_the_llm_section_only(raw, tmp_path):
+    change_weights(raw, lambda tensors: tensors.pop("language_model.lm_head.weight"))
+    change_config(raw, llm_config={"tie_word_embeddings": True}, tie_word_embeddings=False)
+    assert NeoConfig.from_pretrained(raw).tie_word_embeddings is True
+
+
+def test_outputs_that_would_harm(raw, tmp_path):
+    """A source is never replaced, whatever is given; a file is no folder; links stay links."""
+    for out in (raw, tmp_path):
+        with pytest.raises(ValueError, match="would replace its own source"):
+            convert_raw_to_hub(raw, out, force=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is not a folder"):
+        convert_raw_to_hub(raw, tmp_path / "file", force=True)
+    with pytest.raises(ValueError, match="int8"):
+        convert_raw_to_hub(raw, tmp_path / "out", dtype=torch.int8)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    convert_raw_to_hub(raw, tmp_path / "link", force=True)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "config.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "raw", "real"]
+
+
 def test_shards_pickles_and_dtypes(raw, tmp_path, golden):
     tensors = load_file(raw / WEIGHTS)
     (raw / WEIGHTS).unlink()
@@ -305,7 +341,8 @@ class Code:
 def pickle_with(value):
     def make(folder):
         (folder / WEIGHTS).unlink()
-        torch.save({"language_model.model.norm.weight": value}, folder / "pytorch_model.bin")
+        content = [value] if isinstance(value, int) else {"language_model.model.norm.weight": value}
+        torch.save(content, folder / "pytorch_model.bin")
 
     return make
 
@@ -326,6 +363,9 @@ NORM = "language_model.model.norm.weight"
         (lambda f: shards(f, moved={3: "b.safetensors"}), "differ in which tensors it holds: language_model"),
         (duplicate, "holds again what an earlier shard holds: language_model"),
         (lambda f: (f / f"{WEIGHTS}.index.json").write_text("[]"), "is no index of shards"),
+        (lambda f: (f / f"{WEIGHTS}.index.json").write_text('{"weight_map": []}'), "is no index of shards"),
+        (lambda f: (f / "config.json").write_text("[]"), "is no configuration of NEO"),
+        (lambda f: change_weights(f, lambda t: t.update({NORM: torch.ones(64).to(torch.float8_e4m3fn)})), "F8_E4M3"),
         (lambda f: change_weights(f, lambda t: t.update(extra=torch.ones(2))), "left over: extra"),
         (lambda f: change_weights(f, lambda t: t.pop(NORM)), r"missing: model\.language_model\.norm\.weight"),
         (
@@ -339,6 +379,7 @@ NORM = "language_model.model.norm.weight"
         ),
         (lambda f: change_config(f, llm_config={"tie_word_embeddings": True}), "lm_head and embed_tokens differ"),
         (pickle_with(Code()), r"pytorch_model\.bin cannot be read as plain tensors"),
+        (pickle_with(3), "must hold tensors by name, got a list"),
         (pickle_with("text"), "holds more than plain tensors: language_model"),
     ],
 )
@@ -383,6 +424,7 @@ def test_token_ids_come_from_the_tokenizer(raw, tmp_path, small_tokenizer):
     assert NeoForConditionalGeneration.from_pretrained(tmp_path / "hub").generation_config.eos_token_id == EOS
     processor = NeoProcessor.from_pretrained(tmp_path / "hub")
     assert set(NEO_SPECIAL_TOKENS) <= set(processor.tokenizer.get_vocab())
+    assert processor.tokenizer.padding_side == "left"
     change_config(raw, img_context_token_id=500)
     with pytest.raises(ValueError, match="image_token_id is 500 in the configuration, but 501 in the tokenizer"):
         convert_raw_to_hub(raw, tmp_path / "other", tokenizer=small_tokenizer)
@@ -444,6 +486,7 @@ def test_init_from_qwen3(tmp_path):
             assert 0.018 < parameter.std() < 0.022, name
     weight, bias = (found[f"model.patch_embed.patch_embedding.{part}"] for part in ("weight", "bias"))
     for parameter in (weight, bias):
+        assert parameter.min() < 0
         assert 0.9 / 768**0.5 < parameter.abs().max() <= 1 / 768**0.5
 
     init_from_qwen3(QWEN3, tmp_path / "again", num_pre_buffer_layers=2)
@@ -486,6 +529,15 @@ def test_pre_buffer(tmp_path):
     assert run("pre-buffer", "graft", str(tmp_path / "asset"), str(QWEN3), str(tmp_path / "grafted")) == 0
     assert_same(read_all(tmp_path / "grafted"), read_all(tmp_path / "neo"))
     assert NeoConfig.from_pretrained(tmp_path / "grafted").vision_config.hidden_size == 48
+
+    # The asset brings the height and width axes along, which an LLM does not have.
+    config = json.loads((tmp_path / "asset" / "config.json").read_text())
+    for axis in ("height", "width"):
+        config["text_config"]["rope_parameters"][axis]["rope_theta"] = 5000.0
+    (tmp_path / "asset" / "config.json").write_text(json.dumps(config))
+    graft_pre_buffer(tmp_path / "asset", QWEN3, tmp_path / "other axes")
+    rope = NeoConfig.from_pretrained(tmp_path / "other axes").text_config.rope_parameters
+    assert {axis: one["rope_theta"] for axis, one in rope.items()} == {"temporal": 1e6, "height": 5e3, "width": 5e3}
 
     shutil.copytree(QWEN3, tmp_path / "wide")
     change_config(tmp_path / "wide", intermediate_size=256)

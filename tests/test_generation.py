@@ -207,3 +207,58 @@ def test_cut_behind_image_start(model):
             pictures = {"pixel_values": pixels, "image_grid_hw": grid} if IMAGE in part else {}
             parts.append(model(input_ids=part, past_key_values=cache, **pictures).logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-4)
+
+
+def test_prompts_of_one_token(model):
+    """Grown token by token, by hand and for classifier-free guidance."""
+    ids = torch.tensor([[5, 17, 9, 80]])
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        outputs = model(input_ids=ids[:, :1], use_cache=True)
+        parts = [outputs.logits]
+        for place in range(1, 4):
+            outputs = model(input_ids=ids[:, place : place + 1], past_key_values=outputs.past_key_values)
+            parts.append(outputs.logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-4)
+    assert model.generate(ids, **GREEDY, guidance_scale=1.5).shape == (1, 12)
+
+
+def test_reused_static_cache(model, prompts):
+    cache = StaticCache(config=model.config.text_config, max_cache_len=64)
+    with torch.no_grad():
+        model(**one(prompts[0]), past_key_values=cache)
+        cache.reset()
+        expected = model(input_ids=torch.tensor([[5, 17]])).logits[:, -1:]
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        torch.testing.assert_close(
+            model(input_ids=torch.tensor([[17]]), past_key_values=cache).logits, expected, rtol=0, atol=1e-4
+        )
+
+
+def test_generated_image_tokens_have_no_place(model, prompts, monkeypatch):
+    seen = []
+    forward = type(model.model.language_model).forward
+
+    def spy(self, *args, **kwargs):
+        seen.append(kwargs["position_ids"].clone())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.model.language_model), "forward", spy)
+    inputs = one(prompts[0])
+    model.generate(**inputs, **GREEDY, prefix_allowed_tokens_fn=lambda *_: [IMAGE])
+    prompt, *steps = seen
+    assert [step[:, 0, 0].tolist() for step in steps] == [[int(prompt[0].max()) + i, 0, 0] for i in range(1, 8)]
+
+
+def test_chunked_prefill_after_a_cache(model):
+    turns = conversation()
+    whole = joined(turns[:2])
+    cache = DynamicCache(config=model.config.text_config)
+    with torch.no_grad():
+        model(**one(turns[0]), past_key_values=cache)
+    expected = new_tokens(model, one(whole))
+    # The second turn: 3 words, then <img>, 3 visual tokens, </img>, ...: 7 tokens end behind its first picture.
+    found = new_tokens(model, one(whole), past_key_values=copy.deepcopy(cache), prefill_chunk_size=7)
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="prefill_chunk_size=5 would split"):
+        new_tokens(model, one(whole), past_key_values=cache, prefill_chunk_size=5)

@@ -18,7 +18,7 @@ def documents(draw):
         if kind == "text":
             ids += [TEXT] * draw(st.integers(1, 4))
         elif kind == "lone start":
-            ids += [START, TEXT]
+            ids += [START] * draw(st.integers(1, 2))  # at the end of a document as well
         else:
             rows, columns = draw(st.integers(1, 3)), draw(st.integers(1, 4))
             ids += [START, *[IMAGE] * (rows * columns), END]
@@ -47,13 +47,14 @@ def oracle(ids, grids):
     st.lists(st.lists(documents(), min_size=1, max_size=3), min_size=1, max_size=3),
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=3, max_size=3),
     st.sampled_from([1, 2, 3]),
+    st.sampled_from([TEXT, START]),
 )
-def test_allocate_position_ids(rows, padding, merge):
+def test_allocate_position_ids(rows, padding, merge, padding_id):
     """Packed rows with padding on either side, against a loop over tokens."""
     length = max(
         sum(len(ids) for ids, _ in row) + left + right for row, (left, right) in zip(rows, padding, strict=False)
     )
-    input_ids = torch.full((len(rows), length), TEXT)
+    input_ids = torch.full((len(rows), length), padding_id)
     document_ids = torch.full((len(rows), length), -1)
     expected = torch.zeros(3, len(rows), length, dtype=torch.long)
     grids = []
@@ -142,6 +143,8 @@ def test_mismatched_grids(grid, message):
 
 def test_mismatched_shapes():
     ids = torch.tensor([[TEXT, TEXT]])
+    with pytest.raises(ValueError, match=r"got list \[\[2, 4\]\]"):
+        allocate_position_ids(ids, [[2, 4]], **ROLES)
     with pytest.raises(ValueError, match=r"attention_mask must have the shape of input_ids \(1, 2\), got \(1, 3\)"):
         allocate_position_ids(ids, **ROLES, attention_mask=torch.ones(1, 3))
     with pytest.raises(ValueError, match=r"document_ids must have the shape of input_ids \(1, 2\), got \(2,\)"):

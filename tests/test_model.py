@@ -5,7 +5,8 @@ import torch
 from conftest import IMAGE, batch, golden_case, one, random_model, random_prompt, tiny_config
 from torch.nn import functional as F
 
-from neo_hf import NeoForConditionalGeneration
+from neo_hf import NeoForConditionalGeneration, allocate_position_ids
+from neo_hf.modeling_neo import rotary_tables, rotate_patches
 
 
 @pytest.fixture(scope="module", params=["eager", "sdpa"])
@@ -35,15 +36,20 @@ def test_padding(model, prompts, side, use_cache):
         torch.testing.assert_close(row[mask == 1], expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["document_ids", "document_ids and padding", "position_ids that start anew"])
+HOW = ["document_ids", "document_ids and padding", "position_ids that start anew", "and a mask of ones"]
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_packed_rows(model, prompts, how):
     ids, pixels, grids = (torch.cat(parts) for parts in zip(*prompts, strict=True))
     lengths = [len(prompt[0]) for prompt in prompts]
     inputs = {"input_ids": ids[None], "pixel_values": pixels, "image_grid_hw": grids}
     # Numbers need not be sorted, nor different for documents that are not neighbours.
     document_ids = torch.tensor([4, 2, 4, 7]).repeat_interleave(torch.tensor(lengths))[None]
-    if how == "position_ids that start anew":
+    if how in HOW[2:]:
         inputs["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+        if how == "and a mask of ones":
+            inputs["attention_mask"] = torch.ones_like(document_ids)
     else:
         inputs["document_ids"] = document_ids
     if how == "document_ids and padding":
@@ -259,3 +265,101 @@ def test_caches_of_others_are_refused(sdpa_model, golden):
             sdpa_model(input_ids=torch.tensor([[1], [2]]), past_key_values=cache)
         with pytest.raises(ValueError, match="cannot follow past_key_values"):
             sdpa_model(input_ids=torch.tensor([[1]]), document_ids=torch.tensor([[0]]), past_key_values=cache)
+
+
+def test_mixed_dtypes(model, prompts):
+    """Pixels and features of another dtype than the weights; rotations stay in float32."""
+    model = copy.deepcopy(model).to(torch.bfloat16)
+    inputs = one(prompts[2])
+    assert inputs["pixel_values"].dtype == torch.float32
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        features = model.get_image_features(inputs.pop("pixel_values"), inputs["image_grid_hw"])
+        features.pooler_output = tuple(tokens.float() for tokens in features.pooler_output)
+        found = model(**inputs, mm_encoder_outputs={"image": features}).logits
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+
+    config = model.config.text_config
+    position_ids = torch.full((3, 1, 2), 5001)
+    tables = rotary_tables(position_ids, config.head_dim, config.rope_parameters, torch.bfloat16)
+    exact = rotary_tables(position_ids, config.head_dim, config.rope_parameters, torch.float32)
+    for found, expected in zip(tables, exact, strict=True):
+        assert torch.equal(found, expected.to(torch.bfloat16))
+    features = torch.randn(4, 32, generator=torch.Generator().manual_seed(7)).to(torch.bfloat16)
+    rows, columns = torch.tensor([0, 7, 60, 99]), torch.tensor([3, 0, 41, 99])
+    exact = rotate_patches(features.float(), rows, columns, 10_000.0)
+    assert torch.equal(rotate_patches(features, rows, columns, 10_000.0), exact.to(torch.bfloat16))
+
+
+def test_position_ids_of_padded_rows(model, prompts):
+    inputs = batch(prompts)
+    ids, mask, grids = (inputs[name] for name in ("input_ids", "attention_mask", "image_grid_hw"))
+    found = model.model.get_position_ids(ids, grids, mask)
+    roles = {"image_token_id": IMAGE, "image_start_token_id": 502}
+    assert torch.equal(found, allocate_position_ids(ids, grids, attention_mask=mask, **roles))
+
+
+def test_two_dimensional_position_ids_cannot_place_pictures(model, prompts):
+    inputs = one(prompts[0])
+    positions = torch.arange(inputs["input_ids"].shape[1])[None]
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        torch.testing.assert_close(model(**inputs, position_ids=positions).logits, expected)
+        features = model.get_image_features(inputs.pop("pixel_values"), inputs.pop("image_grid_hw"))
+        with pytest.raises(ValueError, match="6 image tokens, but image_grid_hw describes 0"):
+            model(**inputs, position_ids=positions, mm_encoder_outputs={"image": features})
+
+
+def test_no_pictures(model, prompts):
+    """Empty tensors, as collators make of samples without pictures."""
+    inputs = one(prompts[1])
+    empty = {"pixel_values": torch.zeros(0, 768), "image_grid_hw": torch.zeros(0, 2, dtype=torch.long)}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs, **empty).logits, model(**inputs).logits)
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(**inputs, **empty, **settings), model.generate(**inputs, **settings))
+
+
+def test_own_mask(model, prompts):
+    inputs = one(prompts[1])
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+        if model.config._attn_implementation == "eager":
+            mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+        found = model(**inputs | {"attention_mask": mask}).logits
+    torch.testing.assert_close(found, expected)
+
+
+def test_dropout_is_off_in_evaluation(prompts):
+    model = random_model(tiny_config(text_config={"attention_dropout": 0.5}))
+    with torch.no_grad():
+        assert torch.equal(model(**one(prompts[0])).logits, model(**one(prompts[0])).logits)
+        model.train()
+        assert not torch.equal(model(**one(prompts[0])).logits, model(**one(prompts[0])).logits)
+
+
+def test_plans():
+    """Tensor parallelism and device maps find what they split and what they must not."""
+    model = NeoForConditionalGeneration(tiny_config())
+    layer = dict(model.model.language_model.layers[0].named_modules())
+    plan = model.config.text_config.base_model_tp_plan
+    split = {name.removeprefix("layers.*."): how for name, how in plan.items()}
+    assert split.keys() <= layer.keys()
+    linear = {name for name, module in layer.items() if isinstance(module, torch.nn.Linear)}
+    assert {name for name, how in split.items() if how in ("colwise", "rowwise")} == linear
+    norms = {name for name in layer if name.startswith("self_attn.") and "norm" in name}
+    assert {name for name, how in split.items() if how == "replicated_with_grad_allreduce"} == norms
+    assert model._tp_plan["lm_head"] == "colwise_gather_output"
+    assert {"NeoDecoderLayer", "NeoPatchEmbedding"} <= set(model._no_split_modules)
+    assert set(model._skip_keys_device_placement) == {"past_key_values"}
+
+
+def test_shift_labels_ignore_image_tokens(model, prompts):
+    inputs = one(prompts[0])
+    labels = inputs["input_ids"]
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    expected = model(**inputs, labels=labels).loss
+    torch.testing.assert_close(model(**inputs, labels=labels, shift_labels=shifted).loss, expected)

@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 from neo_hf import NeoImageProcessor, NeoProcessor, allocate_position_ids
+from neo_hf.image_processing_neo import smart_resize
 from neo_hf.processing_neo import CHAT_TEMPLATE
 from neo_hf.tokenization import NEO_SPECIAL_TOKENS
 
@@ -291,3 +292,35 @@ def test_bad_budgets(budget):
         NeoImageProcessor(**budget)
     with pytest.raises(ValueError, match=quoted):
         NeoImageProcessor()(noise(64, 64), **budget)
+
+
+def test_limits_of_the_aspect_ratio():
+    assert smart_resize(2000, 10, 32, 1024, 1 << 20)[1] == 32
+    with pytest.raises(ValueError, match="got 2010x10"):
+        smart_resize(2010, 10, 32, 1024, 1 << 20)
+
+
+@pytest.mark.parametrize("merge", [1, 4])
+def test_other_folds(tokenizer, merge):
+    processor = NeoProcessor(NeoImageProcessor(min_pixels=1024, spatial_merge_size=merge), tokenizer)
+    inputs = processor(text="<image>", images=noise(128, 192), return_tensors="pt")
+    assert inputs["image_grid_hw"].tolist() == [[8, 12]]
+    assert (inputs["input_ids"] == IMAGE).sum() == 96 // merge**2
+
+
+def test_odds_and_ends(processor):
+    image = noise(64, 96)
+    gray = np.array(image)[..., 0]
+    images = NeoImageProcessor(min_pixels=1024)
+    assert np.array_equal(images(gray)["pixel_values"], images(Image.fromarray(gray))["pixel_values"])
+    with pytest.raises(ValueError, match="at least one picture"):
+        images([])
+    with pytest.raises(ValueError, match="follows from min_pixels and max_pixels"):
+        images(image, size={"height": 64, "width": 64})
+    with pytest.raises(ValueError, match="return_tensors"):
+        processor(text="Hi", return_position_ids=True, return_tensors="np")
+    shared = processor._get_num_multimodal_tokens(image_sizes=[(600, 600)] * 4, share_pixel_budget=True)
+    inputs = processor(text="<image>" * 4, images=[noise(600, 600)] * 4, share_pixel_budget=True)
+    assert shared.num_image_patches == inputs["image_grid_hw"].prod(-1).tolist()
+    with pytest.raises(Exception, match="not trained to call tools"):
+        processor.apply_chat_template([user("Hi")], tools=[{"type": "function", "function": {"name": "f"}}])

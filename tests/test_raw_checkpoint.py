@@ -143,6 +143,9 @@ def test_config(raw):
     trained = NeoConfig.from_pretrained(folder)
     assert (trained.image_token_id, trained.image_start_token_id) == (IMAGE, IMAGE_START)
     assert trained.text_config.num_pre_buffer_layers == 2
+    # As newer versions of transformers write it.
+    config["llm_config"] |= {"rope_parameters": {"rope_type": "default", "rope_theta": 3e6}}
+    assert NeoConfig.from_dict(config).text_config.rope_parameters["temporal"]["rope_theta"] == 3e6
     thetas = {axis: rope["rope_theta"] for axis, rope in trained.text_config.rope_parameters.items()}
     assert thetas == {"temporal": 5e6, "height": 1e5, "width": 1e5}
     assert trained.vision_config.rope_parameters["rope_theta"] == 1000
@@ -161,6 +164,11 @@ def test_released_depths(raw, layers, pre_buffer):
 @pytest.mark.parametrize(
     ("section", "change", "message"),
     [
+        ("llm_config", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "no rope scaling, got .*yarn"),
+        ("llm_config", {"layer_types": ["sliding_attention"] * 5}, "sliding_attention"),
+        ("llm_config", {"hidden_act": "foo"}, "foo"),
+        ("vision_config", {"downsample_ratio": 0}, "1 over a whole number, got 0"),
+        ("vision_config", {"downsample_ratio": 0.3}, "1 over a whole number, got 0.3"),
         (None, {"vision_config": None}, "needs a 'vision_config' section"),
         ("llm_config", {"model_type": "llama"}, "'llama'"),
         ("llm_config", {"use_sliding_window": True}, "sliding window"),
@@ -191,6 +199,19 @@ def test_mismatched_weights(raw):
     config["llm_config"]["intermediate_size"] = 161
     write_config(folder, config)
     with pytest.raises(RuntimeError, match=r"(?i)size|shape|mismatch"):
+        load(folder)
+
+
+@pytest.mark.parametrize("change", ["missing", "left over"])
+def test_every_key_is_accounted_for(raw, change):
+    folder, _, tensors = raw
+    name = "language_model.model.layers.1.self_attn.q_proj_hw.weight"
+    tensors[name if change == "left over" else "spare"] = tensors.pop(name) if change == "missing" else torch.ones(2)
+    if change == "left over":
+        tensors["spare"] = torch.ones(1)
+        tensors[name] = load_file(RAW / "model.safetensors")[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"does not fit its configuration: .*'spare'"):
         load(folder)
 
 

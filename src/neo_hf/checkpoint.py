@@ -6,7 +6,8 @@ import json
 import pickle
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -89,10 +90,11 @@ def _files_of_index(index: Path) -> dict[Path, set[str] | None]:
     """Names that the index expects, by shard."""
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        files = {name: str(file) for name, file in weight_map.items()}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is no index of shards: {type(error).__name__}: {error}") from error
     shards: dict[Path, set[str] | None] = {}
-    for name, file in weight_map.items():
+    for name, file in files.items():
         if Path(file).name != file:
             raise ValueError(f"{index} names {file!r} for {name}: shards lie beside their index.")
         if not (index.parent / file).is_file():
@@ -122,9 +124,12 @@ def _open_safetensors(files: Mapping[Path, set[str] | None]) -> Checkpoint:
         try:
             with safe_open(file, framework="pt") as opened:
                 slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
-                infos = {name: TensorInfo(tuple(s.get_shape()), DTYPES[s.get_dtype()]) for name, s in slices.items()}
-        except (SafetensorError, KeyError) as error:
+                described = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+        except SafetensorError as error:
             raise ValueError(f"{file} cannot be read, it may be truncated: {error}") from error
+        if unknown := {dtype for _, dtype in described.values()} - DTYPES.keys():
+            raise ValueError(f"{file} holds tensors of dtype {sorted(unknown)}, supported are {sorted(DTYPES)}.")
+        infos = {name: TensorInfo(shape, DTYPES[dtype]) for name, (shape, dtype) in described.items()}
         _compare_with_index(file, set(infos), expected, checkpoint.infos)
         checkpoint.infos |= infos
         checkpoint.readers |= {name: partial(read, file, name) for name in infos}
@@ -135,9 +140,12 @@ def _open_pickles(files: Mapping[Path, set[str] | None]) -> Checkpoint:
     checkpoint = Checkpoint(files=[*files])
     for file, expected in files.items():
         try:
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            # Only the format of torch 1.6 and newer, a zip file, can be read piece by piece.
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise ValueError(f"{file} cannot be read as plain tensors: {error}") from error
+        if not isinstance(tensors, Mapping):
+            raise ValueError(f"{file} must hold tensors by name, got a {type(tensors).__name__}.")
         other = [str(name) for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
         if other:
             raise ValueError(f"{file} holds more than plain tensors: {', '.join(other)}.")
@@ -241,7 +249,7 @@ def write_shards(
 
 
 @contextlib.contextmanager
-def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
+def new_folder(path: str | Path, force: bool = False, sources: Iterable[Path] = ()) -> Iterator[Path]:
     """
     A folder to fill, which gets its name when all went well: whenever the process ends, there is a complete folder of
     that name or none. What an earlier, killed process left is removed.
@@ -249,13 +257,19 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
     Args:
         path: the folder to be.
         force: whether to replace what is there.
+        sources: what it is made of, not to be replaced.
 
     Raises:
-        ValueError: it exists and `force` is not given.
+        ValueError: it exists and `force` is not given, is no folder, or holds a source.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     if path.exists() and not force:
         raise ValueError(f"{path} exists. Give --force to replace it.")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is not a folder.")
+    for source in sources:
+        if source.resolve().is_relative_to(path):
+            raise ValueError(f"{path} would replace its own source {source}.")
     unfinished, replaced = path.with_name(f".{path.name}.unfinished"), path.with_name(f".{path.name}.replaced")
     for leftover in (unfinished, replaced):
         shutil.rmtree(leftover, ignore_errors=True)

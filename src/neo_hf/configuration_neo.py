@@ -15,6 +15,7 @@ if not (5, 23) <= parse_version(transformers.__version__).release[:2] < (6,):
     raise ImportError(f"NEO needs transformers>=5.23,<6, but transformers {transformers.__version__} is installed.")
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 # `transformers serve` finds a class that it does not know by this mapping of model types only.
@@ -123,16 +124,33 @@ class NeoTextConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.rope_parameters is None:
             self.rope_parameters = {
-                "temporal": {"rope_type": "default", "rope_theta": 1_000_000.0},
+                "temporal": {"rope_type": "default", "rope_theta": float(kwargs.pop("rope_theta", 1_000_000.0))},
                 "height": {"rope_type": "default", "rope_theta": 10_000.0},
                 "width": {"rope_type": "default", "rope_theta": 10_000.0},
             }
         if self.num_pre_buffer_layers is None:
             self.num_pre_buffer_layers = PRE_BUFFER_LAYERS_BY_DEPTH.get(self.num_hidden_layers)
+        _require(
+            "rope_theta" not in kwargs
+            and set(self.rope_parameters) == set(self._rope_type_labels)
+            and all(
+                p.get("rope_type", "default") == "default" and p.get("rope_theta", 0) > 0
+                for p in self.rope_parameters.values()
+            ),
+            "rope_parameters must hold {'rope_type': 'default', 'rope_theta': positive number} for each of "
+            f"{self._rope_type_labels}, got {self.rope_parameters}.",
+        )
         super().__post_init__(**kwargs)
 
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+        for name in [*sizes, "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"]:
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}.")
+        _require(
+            self.hidden_act in ACT2FN, f"hidden_act must be one of transformers' activations, got {self.hidden_act!r}."
+        )
+        _require(
+            0 <= self.attention_dropout < 1, f"attention_dropout must be from 0 to 1, got {self.attention_dropout}."
+        )
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_attention_heads must be a multiple of num_key_value_heads, got {self.num_attention_heads} and "
@@ -147,12 +165,6 @@ class NeoTextConfig(PreTrainedConfig):
             self.num_pre_buffer_layers is None or 0 <= self.num_pre_buffer_layers <= self.num_hidden_layers,
             f"num_pre_buffer_layers must lie between 0 and num_hidden_layers ({self.num_hidden_layers}), got "
             f"{self.num_pre_buffer_layers}.",
-        )
-        _require(
-            set(self.rope_parameters) == set(self._rope_type_labels)
-            and all(p.get("rope_type") == "default" and p["rope_theta"] > 0 for p in self.rope_parameters.values()),
-            "rope_parameters must hold {'rope_type': 'default', 'rope_theta': positive number} for each of "
-            f"{self._rope_type_labels}, got {self.rope_parameters}.",
         )
 
     @property
@@ -249,6 +261,9 @@ class NeoConfig(PreTrainedConfig):
                 token_id is None or 0 <= token_id < vocab_size,
                 f"{name} must be a token id below vocab_size ({vocab_size}), got {token_id}.",
             )
+        ids = [self.image_token_id, self.image_start_token_id, self.image_end_token_id]
+        known = [token_id for token_id in ids if token_id is not None]
+        _require(len(set(known)) == len(known), f"The ids of <IMG_CONTEXT>, <img> and </img> must differ, got {ids}.")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -259,7 +274,12 @@ class NeoConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if config_dict.get("model_type") == "neo_chat":
+        model_type = config_dict.get("model_type", "neo")
+        _require(
+            model_type in ("neo", "neo_chat"),
+            f"{pretrained_model_name_or_path} is no NEO: model_type must be 'neo' or 'neo_chat', got {model_type!r}.",
+        )
+        if model_type == "neo_chat":
             config_dict = raw_config_to_neo(config_dict)
         return config_dict, kwargs
 
@@ -306,20 +326,29 @@ def raw_config_to_neo(raw: dict[str, Any]) -> dict[str, Any]:
     _require(
         not text.get("use_sliding_window"), "NEO has no sliding window, but llm_config.use_sliding_window is true."
     )
-    _require(not text.get("rope_scaling"), f"NEO has no rope scaling, got rope_scaling={text.get('rope_scaling')}.")
+    # What newer versions of transformers write in place of rope_theta and rope_scaling.
+    rope_parameters = {"rope_type": "default"} | (text.get("rope_parameters") or {})
+    scaling = text.get("rope_scaling") or (rope_parameters if rope_parameters["rope_type"] != "default" else None)
+    _require(not scaling, f"NEO has no rope scaling, got {scaling}.")
+    layer_types = set(text.get("layer_types") or ["full_attention"])
+    _require(layer_types == {"full_attention"}, f"All layers of NEO are full attention, got {sorted(layer_types)}.")
     llm_hidden_size = vision.get("llm_hidden_size", text["hidden_size"])
     _require(
         llm_hidden_size == text["hidden_size"],
         f"vision_config.llm_hidden_size is {llm_hidden_size}, but llm_config.hidden_size {text['hidden_size']}.",
     )
     downsample_ratio = vision.get("downsample_ratio", raw.get("downsample_ratio", 0.5))
+    _require(
+        0 < downsample_ratio <= 1 and (1 / downsample_ratio).is_integer(),
+        f"downsample_ratio must be 1 over a whole number, got {downsample_ratio}.",
+    )
 
     def rope(theta: float) -> dict[str, Any]:
         return {"rope_type": "default", "rope_theta": float(theta)}
 
     text_config = {key: text[key] for key in QWEN3_FIELDS if key in text}
     text_config["rope_parameters"] = {
-        "temporal": rope(text.get("rope_theta", 1_000_000.0)),
+        "temporal": rope(rope_parameters.get("rope_theta", text.get("rope_theta", 1_000_000.0))),
         "height": rope(text.get("rope_theta_hw", 10_000.0)),
         "width": rope(text.get("rope_theta_hw", 10_000.0)),
     }

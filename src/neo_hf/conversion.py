@@ -1,6 +1,6 @@
 """Between layouts: raw and Hub format, Qwen3 to NEO, and the pre-Buffer as a checkpoint of its own."""
 
-from .checkpoint import Checkpoint, TensorInfo, new_folder, open_checkpoint, sha256, write_shards
+from .checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, new_folder, open_checkpoint, sha256, write_shards
 from .configuration_neo import QWEN3_FIELDS, NeoConfig
 from .loading import default_image_processor
 from .model_card import Provenance, load_release, render_model_card
@@ -62,6 +62,8 @@ def convert_raw_to_hub(
     """
     source = _resolve(raw)
     config = _read_config(source)
+    if dtype is not None and dtype not in DTYPE_NAMES.keys() - {torch.int64, torch.int32, torch.uint8, torch.bool}:
+        raise ValueError(f"dtype must be floating point, one that safetensors has, got {dtype}.")
     if num_pre_buffer_layers is not None:
         text = config.text_config.to_dict() | {"num_pre_buffer_layers": num_pre_buffer_layers}
         config = NeoConfig(**config.to_dict() | {"text_config": text})
@@ -76,7 +78,7 @@ def convert_raw_to_hub(
     if dtype is not None:
         infos = {name: TensorInfo(info.shape, dtype) for name, info in infos.items()}
     config.dtype = infos["model.language_model.norm.weight"].dtype
-    with new_folder(out, force) as folder, ThreadPoolExecutor(1) as pool:
+    with new_folder(out, force, [source]) as folder, ThreadPoolExecutor(1) as pool:
         hashes = pool.submit(lambda: {file.name: sha256(file) for file in checkpoint.files})
         _write_model(folder, config, infos, read, max_shard_size, source)
         missing = _write_processor(folder, processor)
@@ -115,7 +117,7 @@ def convert_hub_to_raw(
     def read(name: str) -> torch.Tensor:
         return checkpoint.read(source_names[raw_to_neo_name(name)])
 
-    with new_folder(out, force) as folder:
+    with new_folder(out, force, [source]) as folder:
         _write_weights(folder, infos, read, max_shard_size)
         _write_json(folder / "config.json", raw_config)
         if tokenizer is not None:
@@ -197,7 +199,8 @@ def init_from_qwen3(
     infos = {name: TensorInfo(shapes[name], dtype) for name in recipes}
     config.dtype = dtype
     generator = torch.Generator().manual_seed(seed)
-    with new_folder(out, force) as folder:
+    sources = [source, *([Path(pre_buffer)] if pre_buffer is not None else [])]
+    with new_folder(out, force, sources) as folder:
         _write_model(folder, config, infos, lambda name: recipes[name](generator).to(dtype), max_shard_size, source)
         missing = _write_processor(folder, processor)
         files = [*llm_checkpoint.files, *(asset.files if asset else [])]
@@ -310,7 +313,7 @@ def extract_pre_buffer(neo: str | Path, out: str | Path, *, force: bool = False)
     config.architectures = [PRE_BUFFER_ARCHITECTURE]
     config.auto_map = None
     config.dtype = next(iter(infos.values())).dtype
-    with new_folder(out, force) as folder:
+    with new_folder(out, force, [source]) as folder:
         _write_weights(folder, infos, lambda name: checkpoint.read(kept[name]), "5GB")
         config.to_json_file(folder / "config.json")
         hashes = "\n".join(f"- `{file.name}`: `{sha256(file)}`" for file in checkpoint.files)
@@ -390,7 +393,7 @@ def _read_config(folder: Path) -> NeoConfig:
         if (place / "config.json").exists():
             try:
                 return NeoConfig.from_pretrained(place)
-            except (OSError, KeyError, TypeError) as error:
+            except Exception as error:  # a broken file breaks transformers' reader in many ways
                 raise ValueError(f"{place / 'config.json'} is no configuration of NEO: {error}") from error
     raise ValueError(f"Neither {folder} nor the folder above holds a config.json.")
 

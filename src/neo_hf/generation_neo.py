@@ -64,9 +64,11 @@ class NeoGenerationMixin(GenerationMixin):
             # Each step adds 1 to all three indices, but what is not a visual token has no place in a picture.
             tokens = input_ids[:, -position_ids.shape[-1] :]
             is_text = F.pad(tokens != self._image_token_id, (position_ids.shape[-1] - tokens.shape[1], 0))
+            if not is_first_iteration and kwargs.get("use_cache", True):
+                is_text = torch.ones_like(is_text)  # all that is not cached was generated
             keep = torch.stack([torch.zeros_like(is_text), is_text, is_text])
             kwargs["position_ids"] = position_ids.masked_fill(keep, 0)
-        model_inputs = super().prepare_inputs_for_generation(
+        return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
@@ -75,14 +77,6 @@ class NeoGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        features = (model_inputs.get("mm_encoder_outputs") or {}).get("image")
-        if features is not None and next_sequence_length is not None and model_inputs.get("input_ids") is not None:
-            model_inputs["mm_encoder_outputs"] = {
-                "image": _features_of_new_tokens(
-                    features, input_ids == self._image_token_id, input_ids.shape[1] - next_sequence_length
-                )
-            }
-        return model_inputs
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs):
@@ -90,8 +84,16 @@ class NeoGenerationMixin(GenerationMixin):
         return create_neo_mask(config.get_text_config(), inputs_embeds, attention_mask, past_key_values, position_ids)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        is_image = input_ids == self._image_token_id
+        cache = model_kwargs.get("past_key_values")
+        past_length = int(cache.get_seq_length()) if cache is not None else 0
+        if model_kwargs["position_ids"].shape[-1] != input_ids.shape[1]:
+            past_length = 0  # only the new tokens were given
+        features = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if past_length and features is not None:
+            model_kwargs["mm_encoder_outputs"] = {"image": _features_of_new_tokens(features, is_image, past_length)}
         if generation_config.prefill_chunk_size is not None:
-            _refuse_split_pictures(input_ids, generation_config.prefill_chunk_size, model_kwargs, self._image_token_id)
+            _refuse_split_pictures(is_image[:, past_length:], generation_config.prefill_chunk_size)
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
     @torch.no_grad()
@@ -170,27 +172,23 @@ def _covers(grid_hw: torch.Tensor | None, is_image: torch.Tensor, merge_size: in
 
 def _features_of_new_tokens(features, is_image: torch.Tensor, past_length: int):
     """Drop the visual tokens (V, E) of those pictures of a whole conversation whose keys are in the cache already."""
+    if not len(features.pooler_output):
+        return features
     visual = torch.cat(tuple(features.pooler_output))
     is_new = is_image.clone()
     is_new[:, :past_length] = False
     if visual.shape[0] == int(is_image.sum()):
         visual = visual[is_new[is_image].to(visual.device)]
-    return type(features)(pooler_output=(visual,)) if visual.shape[0] else None
+    return type(features)(pooler_output=(visual,))
 
 
-def _refuse_split_pictures(input_ids: torch.Tensor, chunk_size: int, model_kwargs: dict, image_token_id: int):
+def _refuse_split_pictures(is_image: torch.Tensor, chunk_size: int):
     """A picture's tokens see each other: its keys must all be there when the first of them is computed."""
-    cache = model_kwargs.get("past_key_values")
-    past_length = int(cache.get_seq_length()) if cache is not None else 0
-    position_ids = model_kwargs["position_ids"]
-    length = input_ids.shape[1]
-    temporal = position_ids[0, :, -length:].expand(input_ids.shape[0], -1)
-    is_image = input_ids == image_token_id
-    start = past_length if position_ids.shape[-1] == length else 0
-    for end in range(start + chunk_size, length, chunk_size):
-        split = is_image[:, end - 1] & is_image[:, end] & (temporal[:, end - 1] == temporal[:, end])
+    for end in range(chunk_size, is_image.shape[1], chunk_size):
+        split = is_image[:, end - 1] & is_image[:, end]  # <img> stands between two pictures
         if split.any():
             raise ValueError(
                 f"prefill_chunk_size={chunk_size} would split a picture of row {int(split.nonzero()[0])} between "
-                f"tokens {end - 1} and {end}. Choose a size whose chunks end outside of pictures, or None."
+                f"tokens {end - 1} and {end} of what is not cached yet. Choose a size whose chunks end outside of "
+                "pictures, or None."
             )

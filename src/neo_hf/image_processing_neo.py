@@ -145,6 +145,8 @@ class NeoImageProcessor(PilBackend):
             return [self.fetch_images(image) for image in images]
         if isinstance(images, (str, bytes, os.PathLike)):
             return load_picture(images)
+        if getattr(images, "ndim", 0) == 2:  # gray
+            return images[..., None]
         return super().fetch_images(images)
 
     def convert_to_rgb(self, image, input_data_format: str | ChannelDimension | None = None) -> np.ndarray:
@@ -177,17 +179,23 @@ class NeoImageProcessor(PilBackend):
 
     def _validate_preprocess_kwargs(self, **kwargs):
         _check_budget(kwargs["min_pixels"], kwargs["max_pixels"])
+        if kwargs.get("size") is not None:
+            raise ValueError(
+                f"The size of a picture follows from min_pixels and max_pixels, got size={kwargs['size']}."
+            )
         # The size follows from the budget and each picture: there is no `size` to be checked.
         super()._validate_preprocess_kwargs(**{**kwargs, "do_resize": False})
 
     def _preprocess_image_like_inputs(self, images: ImageInput, **kwargs) -> BatchFeature:
         min_pixels, max_pixels = kwargs["min_pixels"], kwargs.pop("max_pixels")
         prepared = self._prepare_image_like_inputs(images, **kwargs)
+        if not prepared:
+            raise ValueError("There must be at least one picture, got none.")
         budgets = [max_pixels] * len(prepared)
         if kwargs.pop("share_pixel_budget"):
             nested = isinstance(images, (list, tuple)) and all(isinstance(sample, (list, tuple)) for sample in images)
             counts = [len(sample) for sample in images] if nested else [len(prepared)]
-            budgets = [max(2 * max_pixels // n, min_pixels) if n > 1 else max_pixels for n in counts for _ in range(n)]
+            budgets = [shared_budget(max_pixels, min_pixels, n) for n in counts for _ in range(n)]
         return self._preprocess(prepared, max_pixels=budgets, **kwargs)
 
     def _preprocess(
@@ -241,6 +249,11 @@ class NeoImageProcessor(PilBackend):
         factor = settings["patch_size"] * settings["spatial_merge_size"]
         new_height, new_width = smart_resize(height, width, factor, settings["min_pixels"], settings["max_pixels"])
         return (new_height // settings["patch_size"]) * (new_width // settings["patch_size"])
+
+
+def shared_budget(max_pixels: int, min_pixels: int, count: int) -> int:
+    """What each of `count` pictures of a sample may have of a pixel budget in training."""
+    return max(2 * max_pixels // count, min_pixels) if count > 1 else max_pixels
 
 
 def _check_budget(min_pixels: int, max_pixels: int):

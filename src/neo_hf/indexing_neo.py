@@ -106,11 +106,11 @@ def place_in_grids(rank: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor
 
 def check_grid(grid_hw: torch.Tensor, merge_size: int):
     """Raise a ValueError that names the first picture whose grid of patches does not fold into visual tokens."""
+    what = "image_grid_hw must be an integer tensor of shape (pictures, 2), (rows, columns) in patches, got"
+    if not isinstance(grid_hw, torch.Tensor):
+        raise ValueError(f"{what} {type(grid_hw).__name__} {grid_hw!r:.100}.")
     if grid_hw.ndim != 2 or grid_hw.shape[-1] != 2 or grid_hw.is_floating_point():
-        raise ValueError(
-            "image_grid_hw must be an integer tensor of shape (pictures, 2), (rows, columns) in patches, got "
-            f"{tuple(grid_hw.shape)} {grid_hw.dtype}."
-        )
+        raise ValueError(f"{what} {tuple(grid_hw.shape)} {grid_hw.dtype}.")
     if is_tracing(grid_hw):
         return
     bad = ((grid_hw <= 0) | (grid_hw % merge_size != 0)).any(-1)

@@ -392,6 +392,8 @@ class NeoModel(NeoPreTrainedModel):
                 f"pixel_values {tuple(pixel_values.shape)} need image_grid_hw, (rows, columns) of each picture in "
                 "patches; the processor returns both."
             )
+        if len(image_grid_hw) == 0:  # as collators make of samples without pictures
+            return BaseModelOutputWithPooling(last_hidden_state=pixel_values, pooler_output=())
         features, tokens = self.patch_embed(pixel_values, image_grid_hw)
         sizes = (image_grid_hw.prod(-1) // self.config.vision_config.spatial_merge_size**2).tolist()
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=tokens.split(sizes))
@@ -437,7 +439,10 @@ class NeoModel(NeoPreTrainedModel):
             image_token_id=self._image_token_id,
             image_start_token_id=self._image_start_token_id,
             spatial_merge_size=self.config.vision_config.spatial_merge_size,
-            attention_mask=None if attention_mask is None else attention_mask[:, -token_ids.shape[1] :],
+            # A 4-D mask does not say what is padding: its tokens count, which moves all of a row alike.
+            attention_mask=attention_mask[:, -token_ids.shape[1] :]
+            if attention_mask is not None and attention_mask.ndim == 2
+            else None,
             document_ids=document_ids,
         )
         if past_length:
@@ -495,6 +500,8 @@ class NeoModel(NeoPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values, image_grid_hw, return_dict=True)
+        if image_features is not None and not len(image_features.pooler_output):
+            image_features = None
 
         token_ids = None
         image_hidden_states = None
@@ -504,9 +511,10 @@ class NeoModel(NeoPreTrainedModel):
             inputs_embeds = self._fill_in(inputs_embeds, token_ids, image_hidden_states)
 
         if position_ids is not None and position_ids.ndim == 2:
-            if document_ids is None and attention_mask is None and past_key_values is None:
+            unmasked = attention_mask is None or bool((attention_mask == 1).all())
+            if document_ids is None and unmasked and past_key_values is None:
                 document_ids = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[:2]))
-            if document_ids is not None or image_grid_hw is not None:
+            if document_ids is not None or image_features is not None:
                 position_ids = None  # one number per token cannot place pictures: computed below
             else:
                 text = position_ids.expand(inputs_embeds.shape[:2])
@@ -515,7 +523,9 @@ class NeoModel(NeoPreTrainedModel):
             raise ValueError(
                 f"position_ids must be (3, rows, tokens) or (rows, tokens), got {tuple(position_ids.shape)}."
             )
+        is_new_sequence = False
         if position_ids is None:
+            is_new_sequence = past_key_values is None or past_key_values.get_seq_length() == 0
             if token_ids is None:
                 token_ids = self.get_token_ids(input_ids, inputs_embeds)
             position_ids = self.get_position_ids(
@@ -531,7 +541,8 @@ class NeoModel(NeoPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
-        if outputs.past_key_values is not None and inputs_embeds.shape[1] > 1 and not is_tracing(inputs_embeds):
+        is_prompt = is_new_sequence or inputs_embeds.shape[1] > 1
+        if outputs.past_key_values is not None and is_prompt and not is_tracing(inputs_embeds):
             # The next T index is not the length: the cache of the sequence remembers by how much they differ. A token
             # of text moves both by one.
             next_index = position_ids[0].amax(-1, keepdim=True) + 1
@@ -594,6 +605,14 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
             raise OSError(
                 f"A file of weights in {pretrained_model_name_or_path} cannot be read, it may be truncated: {error}"
             ) from error
+        if model._weight_conversions and (info["missing_keys"] or info["unexpected_keys"]):
+            # The names were raw ones: nobody loads a part of such a checkpoint on purpose.
+            missing = info["missing_keys"] - {"lm_head.weight"}
+            if missing or info["unexpected_keys"]:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} does not fit its configuration: it lacks {sorted(missing)} and "
+                    f"has {sorted(info['unexpected_keys'])} left over."
+                )
         embedding_name = next(iter(cls._tied_weights_keys.values()))
         if "lm_head.weight" in info["missing_keys"] and embedding_name not in info["missing_keys"]:
             model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
@@ -653,6 +672,8 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
         if labels is not None:
             # No loss asks for pixels: who copies input_ids into labels need not know which token stands for them.
             labels = labels.masked_fill(labels == self._image_token_id, -100)
+            if (shifted := kwargs.get("shift_labels")) is not None:
+                kwargs["shift_labels"] = shifted.masked_fill(shifted == self._image_token_id, -100)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )

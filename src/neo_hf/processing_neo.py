@@ -1,7 +1,7 @@
 """Prompts with pictures and videos: chat template, placeholders, tokens and patches in one call."""
 
 from .configuration_neo import NeoConfig  # noqa: F401  (imported first: it refuses an unsupported transformers)
-from .image_processing_neo import NeoImageProcessor  # noqa: F401  (ships along, as AutoImageProcessor needs it)
+from .image_processing_neo import shared_budget
 from .indexing_neo import allocate_position_ids
 from .video_processing_neo import NeoVideoProcessor, NeoVideoProcessorKwargs, flatten_videos, is_video, video_duration
 
@@ -25,7 +25,7 @@ CHAT_TEMPLATE = """\
 {%- else -%}
 {%- for part in content or [] -%}
 {%- if part.type == 'text' -%}
-{{- part.text -}}
+{{- part.text or '' -}}
 {%- elif part.type in ['image', 'image_url'] -%}
 {{- '<image>\\n' -}}
 {%- elif part.type == 'video' -%}
@@ -36,6 +36,9 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
+{%- if tools -%}
+{{- raise_exception("NEO was not trained to call tools: give no tools.") -}}
+{%- endif -%}
 {%- for message in messages -%}
 {%- set text = render(message.content) -%}
 {%- if message.role == 'assistant' -%}
@@ -147,7 +150,7 @@ class NeoProcessor(ProcessorMixin):
         )
         self._join_streams(inputs, offsets)
         if kwargs.get("return_position_ids", self.return_position_ids):
-            if not hasattr(inputs.get("input_ids"), "shape"):
+            if not isinstance(inputs.get("input_ids"), torch.Tensor):
                 raise ValueError('return_position_ids needs text and return_tensors="pt".')
             inputs["position_ids"] = allocate_position_ids(
                 inputs["input_ids"],
@@ -241,7 +244,7 @@ class NeoProcessor(ProcessorMixin):
         expected = [sample.count(self.image_context_token) for sample in text]
         ids = text_inputs["input_ids"]
         found = [list(row).count(self.image_token_id) for row in (ids.tolist() if hasattr(ids, "tolist") else ids)]
-        if found != expected:
+        if any(expected) and found != expected:
             raise ValueError(
                 f"Truncation cut through a picture: the prompts hold {expected} image tokens, of which {found} are "
                 "left. Raise max_length or turn truncation off."
@@ -264,6 +267,10 @@ class NeoProcessor(ProcessorMixin):
         if image_sizes is not None:
             settings = merged["images_kwargs"]
             merge_size = settings.get("spatial_merge_size", self.image_processor.spatial_merge_size)
+            if settings.get("share_pixel_budget", self.image_processor.share_pixel_budget):
+                max_pixels = settings.get("max_pixels", self.image_processor.max_pixels)
+                min_pixels = settings.get("min_pixels", self.image_processor.min_pixels)
+                settings = settings | {"max_pixels": shared_budget(max_pixels, min_pixels, len(image_sizes))}
             patches = [self.image_processor.get_number_of_image_patches(*size, settings) for size in image_sizes]
             counts["num_image_patches"] = patches
             counts["num_image_tokens"] = [count // merge_size**2 for count in patches]
