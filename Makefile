@@ -18,6 +18,8 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/prefill_decode.py
+	$(BIN)/python benchmarks/streaming.py
+	$(BIN)/python benchmarks/conversion.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
