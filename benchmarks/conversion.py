@@ -26,15 +26,16 @@ from neo_hf.raw_checkpoint import neo_config_to_raw, neo_to_raw_name
 
 # The high-water mark of this process only: getrusage() starts from that of the parent.
 REPORT = "print(*(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
-CONVERT = "import sys; from neo_hf.conversion import convert_raw_to_hub; convert_raw_to_hub(*sys.argv[1:]); "
+TIME = "import sys, time; import neo_hf.conversion as c; start = time.perf_counter(); "
+CONVERT = TIME + "c.convert_raw_to_hub(*sys.argv[1:]); print(time.perf_counter() - start); "
 
 
-def peak(script, *arguments):
-    """Peak resident memory of a process in GB, and its time in seconds."""
-    start = time.perf_counter()
+def run(script, *arguments):
+    """What a process printed, as numbers; last, its peak resident memory in GB."""
     command = [sys.executable, "-c", script + REPORT, *arguments]
-    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    return int(run.stdout.split()[-2]) * 1024 / 1e9, time.perf_counter() - start
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+    *lines, memory = output.strip().splitlines()
+    return [*map(float, lines[-1:]), int(memory.split()[1]) * 1024 / 1e9]
 
 
 def main():
@@ -54,15 +55,15 @@ def main():
         write_shards(raw, infos, lambda name: torch.randn(infos[name].shape).to(torch.bfloat16), "2GB")
         (raw / "config.json").write_text(json.dumps(neo_config_to_raw(config)))
         size = sum(file.stat().st_size for file in raw.iterdir()) / 1e9
-        imported, start_up = peak("import neo_hf.conversion; ")
+        imported = run("import neo_hf.conversion; ")[-1]
         times, peaks = {"copy": [], "convert": []}, []
         for _ in range(arguments.repeats):
             start = time.perf_counter()
             shutil.copytree(raw, out)
             times["copy"].append(time.perf_counter() - start)
             shutil.rmtree(out)
-            memory, elapsed = peak(CONVERT, str(raw), str(out))
-            times["convert"].append(elapsed - start_up)
+            elapsed, memory = run(CONVERT, str(raw), str(out))
+            times["convert"].append(elapsed)
             peaks.append(memory - imported)
             shutil.rmtree(out)
     copy, convert = (statistics.median(values) for values in times.values())

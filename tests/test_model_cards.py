@@ -4,6 +4,7 @@ import ast
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,12 +117,13 @@ def hub_folder(tmp_path_factory, real_vocabulary_model, processor):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["Paranioar/NEO1_0-2B-SFT", "Paranioar/NEO1_5-2B-SFT"])
-def test_snippets_run(checkpoint, hub_folder, photographs, tmp_path):
+def test_snippets_run(checkpoint, hub_folder, photographs, clips, tmp_path):
     """One after another in a fresh process without this package, with a tiny model and fewer tokens and pixels."""
     for name, photograph in zip(("photograph.jpg", "chart.png"), photographs, strict=True):
         photograph.save(tmp_path / name)
+    shutil.copy(clips / "carphone_pristine.mp4", tmp_path / "clip.mp4")
     text = card_file(checkpoint).read_text(encoding="utf-8")
-    code = "\n".join(snippet for snippet in snippets(text) if '"video"' not in snippet)
+    code = "\n".join(snippets(text))
     code = code.replace(f'"{checkpoint}"', repr(str(hub_folder)))
     code = re.sub(r"max_new_tokens=\d+", "max_new_tokens=3, min_new_tokens=3", code)
     code = re.sub(r'"(min|max)_pixels": \d+', r'"\1_pixels": 65536', code)
