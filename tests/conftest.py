@@ -149,3 +149,18 @@ def clips():
 @pytest.fixture(scope="session")
 def real_vocabulary_model():
     return random_model(tiny_config(151_936))
+
+
+@pytest.fixture(scope="module", params=["eager", "sdpa"])
+def model(request):
+    """A tiny random model under each implementation that runs everywhere."""
+    return random_model(tiny_config(), attn_implementation=request.param)
+
+
+@pytest.fixture(scope="session")
+def hub_folder(tmp_path_factory, real_vocabulary_model, processor):
+    """Model and processor with the real vocabulary, saved side by side."""
+    folder = tmp_path_factory.mktemp("hub") / "neo"
+    real_vocabulary_model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

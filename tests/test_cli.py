@@ -10,12 +10,8 @@ RAW = GOLDEN / "neo_tiny" / "raw"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, real_vocabulary_model, processor):
-    folder = tmp_path_factory.mktemp("neo")
-    real_vocabulary_model.generation_config.max_new_tokens = None
-    real_vocabulary_model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
+def folder(hub_folder):
+    return str(hub_folder)
 
 
 def run(*argv):

@@ -127,7 +127,7 @@ def test_complete_repository(tmp_path, tokenizer, photographs):
     assert (tmp_path / "again" / "tokenizer.json").exists()
 
     card = ModelCard.load(tmp_path / "hub" / "README.md")
-    assert card.data.library_name == "transformers"
+    assert card.data.to_dict()["library_name"] == "transformers"
     assert "raw" in card.content
     assert "neo-hf 0." in card.content
     processor = NeoProcessor.from_pretrained(tmp_path / "hub")

@@ -11,11 +11,6 @@ from transformers import DynamicCache, StaticCache
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
-@pytest.fixture(scope="module", params=["eager", "sdpa"])
-def model(request):
-    return random_model(tiny_config(), attn_implementation=request.param)
-
-
 @pytest.fixture(scope="module")
 def prompts():
     generator = torch.Generator().manual_seed(1)

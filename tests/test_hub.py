@@ -22,14 +22,6 @@ CODE_FILES = {
 }
 
 
-@pytest.fixture(scope="module")
-def hub_folder(tmp_path_factory, real_vocabulary_model, processor):
-    folder = tmp_path_factory.mktemp("hub") / "neo"
-    real_vocabulary_model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
 def run_without_package(script, *args, cache):
     """Run Python where `neo_hf` cannot be imported."""
     header = "import sys\nsys.modules['neo_hf'] = None\n"

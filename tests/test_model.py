@@ -9,11 +9,6 @@ from neo_hf import NeoForConditionalGeneration, allocate_position_ids
 from neo_hf.modeling_neo import rotary_tables, rotate_patches
 
 
-@pytest.fixture(scope="module", params=["eager", "sdpa"])
-def model(request):
-    return random_model(tiny_config(), attn_implementation=request.param)
-
-
 @pytest.fixture(scope="module")
 def prompts():
     generator = torch.Generator().manual_seed(1)

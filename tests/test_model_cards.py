@@ -107,14 +107,6 @@ def test_snippets_compile(checkpoint):
         ast.parse(snippet)
 
 
-@pytest.fixture(scope="module")
-def hub_folder(tmp_path_factory, real_vocabulary_model, processor):
-    folder = tmp_path_factory.mktemp("cards") / "neo"
-    real_vocabulary_model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["Paranioar/NEO1_0-2B-SFT", "Paranioar/NEO1_5-2B-SFT"])
 def test_snippets_run(checkpoint, hub_folder, photographs, clips, tmp_path):

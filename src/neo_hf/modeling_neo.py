@@ -605,14 +605,13 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
             raise OSError(
                 f"A file of weights in {pretrained_model_name_or_path} cannot be read, it may be truncated: {error}"
             ) from error
-        if model._weight_conversions and (info["missing_keys"] or info["unexpected_keys"]):
+        missing, unexpected = info["missing_keys"] - {"lm_head.weight"}, info["unexpected_keys"]
+        if getattr(model, "_weight_conversions", None) and (missing or unexpected):
             # The names were raw ones: nobody loads a part of such a checkpoint on purpose.
-            missing = info["missing_keys"] - {"lm_head.weight"}
-            if missing or info["unexpected_keys"]:
-                raise ValueError(
-                    f"{pretrained_model_name_or_path} does not fit its configuration: it lacks {sorted(missing)} and "
-                    f"has {sorted(info['unexpected_keys'])} left over."
-                )
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not fit its configuration: it lacks {sorted(missing)} and "
+                f"has {sorted(unexpected)} left over."
+            )
         embedding_name = next(iter(cls._tied_weights_keys.values()))
         if "lm_head.weight" in info["missing_keys"] and embedding_name not in info["missing_keys"]:
             model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
