@@ -9,8 +9,9 @@ An interrupted run goes on after the last stage that was finished.
 import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -132,6 +133,8 @@ def pack(samples: Iterable[dict], rows: int, length: int) -> Iterator[dict]:
     free = [length] * rows
     for sample in samples:
         size = len(sample["input_ids"])
+        if size > length:
+            raise ValueError(f"A sample of {size} tokens does not fit into rows of {length}.")
         row = next((row for row in range(rows) if free[row] >= size), None)
         if row is None:
             yield collate(packed, length)
@@ -177,13 +180,11 @@ def optimizers(model: torch.nn.Module, args: Arguments) -> list[torch.optim.Opti
     return both
 
 
-@torch.no_grad()
-def answered(model: torch.nn.Module, batch: dict) -> torch.Tensor:
+def answered(logits: torch.Tensor, batch: dict) -> torch.Tensor:
     """
     (documents,) boolean: whether greedy decoding would give each answer exactly. It does if every token of the answer
-    is the most probable one after those before it, so one forward tells.
+    is the most probable one after those before it, so the logits of one forward tell.
     """
-    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
     labels = batch["labels"][:, 1:]
     wrong = (logits[:, :-1].argmax(-1) != labels) & (labels != -100)
     documents = batch["document_ids"][:, 1:]
@@ -196,18 +197,22 @@ def answered(model: torch.nn.Module, batch: dict) -> torch.Tensor:
     )
 
 
-def evaluate(model: torch.nn.Module, encoder: Encoder, args: Arguments, sizes=((64, 64),)) -> dict[str, float]:
-    """Share of unseen samples answered exactly, per task."""
-    model.eval()
+def logits(model: torch.nn.Module, batch: dict) -> torch.Tensor:
+    return model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Callable[[dict], torch.Tensor], encoder: Encoder, world: World, count: int, tasks: Iterable[str] = TASKS
+) -> dict[str, float]:
+    """Share of `count` samples of each task that `forward`, a batch to its logits, answers exactly."""
     accuracy = {}
-    for task in TASKS:
-        samples = itertools.islice(World(args.seed + 1, test=True, sizes=sizes).stream({task: 1}), args.eval_samples)
-        encoded = list(itertools.islice(encode_stream(samples, encoder), args.eval_samples))
-        longest = max(len(e["input_ids"]) for e in encoded)
-        rows = [encoded[i : i + 50] for i in range(0, len(encoded), 50)]
-        results = [answered(model, collate([[e] for e in row], longest)) for row in rows]
+    for task in tasks:
+        encoded = list(encode_stream(itertools.islice(world.stream({task: 1}), count), encoder))
+        longest = max(len(sample["input_ids"]) for sample in encoded)
+        batches = (collate([[sample] for sample in encoded[i : i + 50]], longest) for i in range(0, count, 50))
+        results = [answered(forward(batch), batch) for batch in batches]
         accuracy[task] = round(torch.cat(results).float().mean().item(), 4)
-    model.train()
     return accuracy
 
 
@@ -242,7 +247,10 @@ def train(name: str, model: torch.nn.Module, encoder: Encoder, args: Arguments, 
         if step % 50 == 0:
             entry = {"stage": name, "step": step, "loss": round(mean, 4), "seconds": round(time.time() - start)}
             if name != "llm" and (step % 500 == 0 or step == steps):
-                entry |= {"accuracy": evaluate(model, encoder, args)}
+                model.eval()
+                unseen = World(args.seed + 1, test=True)
+                entry |= {"accuracy": evaluate(partial(logits, model), encoder, unseen, args.eval_samples)}
+                model.train()
             print(json.dumps(entry), file=log, flush=True)
             mean = 0.0
 
@@ -283,10 +291,10 @@ def main():
                 model = NeoForConditionalGeneration.from_pretrained(previous)
                 prepare_for_stage(model, name)
                 train(name, model, Encoder(processor), args, log)
-                partial = args.output_dir / f"{name}.partial"
-                model.save_pretrained(partial)
-                processor.save_pretrained(partial)
-                partial.rename(folders[name])
+                unfinished = args.output_dir / f"{name}.unfinished"
+                model.save_pretrained(unfinished)
+                processor.save_pretrained(unfinished)
+                unfinished.rename(folders[name])
             previous = folders[name]
 
 
