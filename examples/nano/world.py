@@ -283,7 +283,7 @@ class World:
             moved = replace(mover, x=mover.x + dx * STEP * number, y=mover.y + dy * STEP * number)
             frames.append(draw(size, background, [moved] if other is None else [moved, other]))
         question = f"Which way does the {mover} move?"
-        return conversation(frames, [(question, direction)], video=True)
+        return conversation(frames, [(question, direction)], video=self.random.choice(("whole", "streamed")))
 
     def digits_sample(self, lengths: tuple[int, ...] = (1, 2, 3)) -> Sample:
         """A row of digits, printed or handwritten."""
@@ -354,13 +354,19 @@ def font(side: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def conversation(
-    pictures: list[Image.Image], turns: list[tuple[str, str]], preface: str = "", video: bool = False
+    pictures: list[Image.Image], turns: list[tuple[str, str]], preface: str = "", video: str | None = None
 ) -> Sample:
-    """Chat messages: the pictures and `preface` open the first question. Frames are one second apart."""
-    if video:
+    """
+    Chat messages: the pictures and `preface` open the first question. With `video` the pictures are frames, one second
+    apart, written as a "whole" one or as one that is "streamed", which does not know how long it will be.
+    """
+    if video is not None:
         metadata = VideoMetadata(len(pictures), fps=1.0, duration=float(len(pictures)))
         metadata.frames_indices = list(range(len(pictures)))
-        pieces = serialize_video(metadata).split("<image>\n")
+        text = serialize_video(metadata)
+        if video == "streamed":
+            text = text[text.index("\n") + 1 :]
+        pieces = text.split("<image>\n")
         opening = []
         for piece, picture in zip(pieces, [*pictures, None], strict=True):
             opening += [{"type": "text", "text": piece}] if piece else []
