@@ -1,66 +1,100 @@
-"""A small NEO end to end: made, saved, loaded back as remote code in a new process, and asked about a photograph.
+"""Asks NEO-nano, the model that comes with the package, about pictures, a clip and a stream.
 
-The weights are random and so is the answer: it shows that everything fits together, not what NEO can do.
+Prints the answers and leaves them with their pictures on a contact sheet, `demo.png`.
 """
 
-import subprocess
-import sys
-import tempfile
+import random
+import textwrap
 from pathlib import Path
 
-import torch
-from PIL import Image
-from sklearn.datasets import load_sample_image
+from nano.world import Sample, World
+from PIL import Image, ImageDraw, ImageFont
 
-from neo_hf import NeoConfig, NeoForConditionalGeneration, NeoImageProcessor, NeoProcessor
-from neo_hf.tokenization import load_qwen_package_tokenizer
+from neo_hf import NeoForConditionalGeneration, NeoProcessor, load_nano
+from neo_hf.streaming import NeoStream
 
-ASK = """
-import sys
-sys.modules["neo_hf"] = None  # nothing but what is in the folder
-from transformers import AutoModelForImageTextToText, AutoProcessor
+Answered = tuple[str, list[Image.Image], list[tuple[str, str]]]  # title, pictures, questions with answers
 
-folder, photograph, question = sys.argv[1:]
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-content = [{"type": "image", "path": photograph}, {"type": "text", "text": question}]
-inputs = processor.apply_chat_template(
-    [{"role": "user", "content": content}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-)
-visual = int(inputs["image_grid_hw"].prod()) // 4
-print(f"prompt:   {inputs['input_ids'].shape[1]} tokens, {visual} of them visual")
-output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
-print("answer:  ", repr(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)))
-"""
+
+def ask(model: NeoForConditionalGeneration, processor: NeoProcessor, content: list[dict]) -> str:
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    output = model.generate(**inputs, max_new_tokens=48, do_sample=False)
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def pictures_of(sample: Sample) -> list[Image.Image]:
+    return [part["image"] for part in sample["messages"][0]["content"] if part["type"] == "image"]
+
+
+def contact_sheet(answered: list[Answered]) -> Image.Image:
+    zoom, margin, line, columns = 2, 16, 24, 64
+    rows = [[p.resize((p.width * zoom, p.height * zoom), Image.Resampling.NEAREST) for p in a[1]] for a in answered]
+    texts = [
+        [(title, "gray")]
+        + [
+            (wrapped, color)
+            for pair in pairs
+            for text, color in zip(pair, ("black", "darkgreen"), strict=True)
+            for wrapped in textwrap.wrap(text, columns)
+        ]
+        for title, _, pairs in answered
+    ]
+    left = max(sum(picture.width + margin for picture in row) for row in rows) + margin
+    heights = [max(line * len(t), *(p.height for p in row)) + margin for t, row in zip(texts, rows, strict=True)]
+    sheet = Image.new("RGB", (left + 10 * columns, sum(heights) + margin), "white")
+    pen, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(18), margin
+    for row, lines, height in zip(rows, texts, heights, strict=True):
+        x = margin
+        for picture in row:
+            sheet.paste(picture, (x, y))
+            pen.rectangle((x - 1, y - 1, x + picture.width, y + picture.height), outline="silver")
+            x += picture.width + margin
+        for number, (text, color) in enumerate(lines):
+            pen.text((left, y + line * number), text, fill=color, font=font)
+        y += height
+    return sheet
 
 
 def main():
-    torch.manual_seed(0)
-    config = NeoConfig(
-        text_config={
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "num_pre_buffer_layers": 2,
-        },
-        vision_config={"hidden_size": 64},
-    )
-    model = NeoForConditionalGeneration(config)
-    processor = NeoProcessor(NeoImageProcessor(), load_qwen_package_tokenizer())
-    with tempfile.TemporaryDirectory() as folder:
-        photograph = Path(folder) / "flower.jpg"
-        Image.fromarray(load_sample_image("flower.jpg")).save(photograph)
-        model.save_pretrained(Path(folder) / "neo-random")
-        processor.save_pretrained(Path(folder) / "neo-random")
-        question = "What is in this photograph?"
-        print(f"model:    {model.num_parameters():,} random weights, with the vocabulary of Qwen3")
-        print(f"question: {question} (flower.jpg)", flush=True)
-        subprocess.run([sys.executable, "-c", ASK, Path(folder) / "neo-random", photograph, question], check=True)
-    print("The weights are random, so the answer means nothing.")
+    model, processor = load_nano()
+    world = World(seed=random.randrange(10**6), test=True)
+    answered: list[Answered] = []
+
+    scene = world.scene((3, 4), distinct=True)
+    pairs = []
+    for question, _ in (world.caption(scene), world.relation(scene), world.count(scene)):
+        content = [{"type": "image", "image": scene.draw()}, {"type": "text", "text": question}]
+        pairs.append((question, ask(model, processor, content)))
+    answered.append(("A scene", [scene.draw()], pairs))
+
+    digits = world.draw_digits("".join(world.random.choices("0123456789", k=3)), handwritten=True)
+    question = "What number is written?"
+    content = [{"type": "image", "image": digits}, {"type": "text", "text": question}]
+    answered.append(("Handwriting", [digits], [(question, ask(model, processor, content))]))
+
+    for title, sample in (("Two pictures", world.change_sample()), ("A clip", world.motion_sample())):
+        content = sample["messages"][0]["content"]
+        answered.append((title, pictures_of(sample), [(content[-1]["text"], ask(model, processor, content))]))
+
+    live = world.motion_sample()
+    frames, question = pictures_of(live), live["messages"][0]["content"][-1]["text"]
+    stream = NeoStream(model, processor)
+    for second, frame in enumerate(frames):
+        stream.add_frame(frame, timestamp=second)
+    answer = "".join(stream.ask(question, max_new_tokens=8))
+    answered.append(("A stream, frame by frame", frames, [(question, answer)]))
+
+    for title, _, pairs in answered:
+        for question, answer in pairs:
+            print(f"{title + ':':<26}{question}\n{'':<26}{answer}")
+    contact_sheet(answered).save("demo.png")
+    print(f"The pictures with their answers: {Path('demo.png').resolve()}")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python examples/nano/ablate.py --llm nano-run/llm --output_dir ablation
 
 Five variants of NEO-nano start from the same LLM and see the same samples in the same order, per seed; only the mask
-or the indices differ. They learn scenes of 64 x 64 pixels and are asked about unseen scenes of that size, and of
-96 x 96 pixels, larger than any in training. Fixed before the first run: variants, seeds, steps, tasks, and that the
-figure to compare is the mean accuracy over the tasks at either size. All variants have the H and W heads; T turns with
-theta 1e6, H and W with 1e4, where the variant does not say otherwise. Runs that are finished are not run again.
+or the indices differ. They learn scenes of squares in 64 x 64 pixels and are asked about unseen scenes of that size,
+and of 96 x 96 pixels, larger than any in training. Fixed before the first run: variants, seeds, steps, tasks, and that
+the figure to compare is the mean accuracy over the tasks at either size. All variants have the H and W heads; T turns
+with theta 1e6, H and W with 1e4, where the variant does not say otherwise. Runs that are finished are not run again.
 """
 
 import itertools
@@ -36,6 +36,7 @@ VARIANTS = {
 }
 WEIGHTS = {"caption": 1.0, "attribute": 2.0, "relation": 2.0, "count": 2.0}
 SIZES = (64, 96)  # pixels
+KINDS = ("square",)  # what tells the variants apart is where things are
 
 
 @dataclass
@@ -108,7 +109,7 @@ def run(variant: str, seed: int, args: AblationArguments) -> dict:
         return min(1.0, (step + 1) / 50, (args.steps - step) / (0.4 * args.steps))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in both]
-    batches = pack(encode_stream(World(seed).stream(WEIGHTS), encoder), args.rows, args.row_length)
+    batches = pack(encode_stream(World(seed, kinds=KINDS).stream(WEIGHTS), encoder), args.rows, args.row_length)
     model.train()
     for batch in tqdm(itertools.islice(batches, args.steps), f"{variant} {seed}", total=args.steps, mininterval=10):
         forward(batch, labels=batch["labels"]).loss.backward()
@@ -122,7 +123,7 @@ def run(variant: str, seed: int, args: AblationArguments) -> dict:
         size: evaluate(
             lambda batch: forward(batch).logits,
             encoder,
-            World(1000 + seed, test=True, sizes=((size, size),)),
+            World(1000 + seed, test=True, sizes=((size, size),), kinds=KINDS),
             args.eval_samples,
             WEIGHTS,
         )

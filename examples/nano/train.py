@@ -20,12 +20,11 @@ from transformers import HfArgumentParser, Qwen2Tokenizer, Qwen3Config, Qwen3For
 from world import World
 
 from neo_hf import NeoForConditionalGeneration, NeoImageProcessor, NeoProcessor
-from neo_hf.conversion import init_from_qwen3
+from neo_hf.conversion import convert_hub_to_raw, convert_raw_to_hub, init_from_qwen3
 from neo_hf.tokenization import add_neo_tokens
 from neo_hf.training import prepare_for_stage
 
 TASKS = ("caption", "attribute", "relation", "count", "change", "motion", "digits")
-MIXED_SIZES = ((64, 64),) * 4 + ((80, 64), (64, 80), (80, 80))
 
 
 @dataclass
@@ -34,7 +33,6 @@ class Stage:
 
     steps: int
     weights: dict[str, float]
-    sizes: tuple[tuple[int, int], ...] = ((64, 64),)
     decay: float = 0.0
 
 
@@ -46,10 +44,19 @@ STAGES = {
         {"caption": 2, "attribute": 1, "relation": 3, "count": 3, "change": 2, "motion": 2, "digits": 2, "text": 1},
     ),
     "sft": Stage(
-        4200,
-        {"caption": 1, "scene": 2, "attribute": 1, "relation": 3, "count": 3, "change": 2, "motion": 2, "digits": 2},
-        MIXED_SIZES,
-        decay=0.6,
+        7000,
+        {
+            "caption": 4,
+            "scene": 1,
+            "attribute": 1,
+            "relation": 3,
+            "count": 3,
+            "change": 3,
+            "motion": 0.7,
+            "digits": 3,
+            "text": 0.5,
+        },
+        decay=0.9,
     ),
 }
 
@@ -226,7 +233,7 @@ def train(name: str, model: torch.nn.Module, encoder: Encoder, args: Arguments, 
         return warm_up * min(1.0, (steps - step) / max(1, stage.decay * steps))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in both]
-    world = World(args.seed + 100 * list(STAGES).index(name), sizes=stage.sizes)
+    world = World(args.seed + 100 * list(STAGES).index(name))
     batches = pack(encode_stream(world.stream(stage.weights), encoder), args.rows, args.row_length)
     start, mean = time.time(), 0.0
     model.train()
@@ -296,6 +303,12 @@ def main():
                 processor.save_pretrained(unfinished)
                 unfinished.rename(folders[name])
             previous = folders[name]
+    # As the released models travel: half precision, the raw layout, then a Hub repository.
+    half, raw, final = (args.output_dir / name for name in ("half", "raw", "NEO-nano"))
+    NeoForConditionalGeneration.from_pretrained(previous, dtype=torch.float16).save_pretrained(half)
+    NeoProcessor.from_pretrained(previous).save_pretrained(half)
+    convert_hub_to_raw(half, raw, force=True)
+    convert_raw_to_hub(raw, final, verify=True, force=True)
 
 
 def image_processor() -> NeoImageProcessor:

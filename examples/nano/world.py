@@ -120,12 +120,20 @@ class World:
         seed: of all that is random.
         test: draw the scenes and the handwriting that training never sees.
         sizes: (width, height) in pixels of the scenes; one is drawn per scene.
+        kinds: of shapes in scenes.
     """
 
-    def __init__(self, seed: int, test: bool = False, sizes: tuple[tuple[int, int], ...] = ((64, 64),)):
+    def __init__(
+        self,
+        seed: int,
+        test: bool = False,
+        sizes: tuple[tuple[int, int], ...] = ((64, 64),),
+        kinds: tuple[str, ...] = KINDS,
+    ):
         self.random = random.Random(seed)
         self.test = test
         self.sizes = sizes
+        self.kinds = kinds
         digits = load_digits()
         start, end = (len(digits.images) * 4 // 5, None) if test else (0, len(digits.images) * 4 // 5)
         self.handwriting: list[list[np.ndarray]] = [[] for _ in range(10)]
@@ -153,10 +161,10 @@ class World:
 
         def make() -> Scene:
             size, count = self.random.choice(self.sizes), self.random.choice(counts)
-            colors, kinds = list(COLORS), list(KINDS)
+            colors, kinds = list(COLORS), list(self.kinds)
             if not distinct and self.random.random() < 0.7:  # more alike than chance would have them, to be counted
                 colors = self.random.sample(colors, 2)
-                kinds = self.random.sample(kinds, 2)
+                kinds = self.random.sample(kinds, min(2, len(kinds)))
             looks = [(color, kind) for color in colors for kind in kinds]
             chosen = self.random.sample(looks, count) if distinct else self.random.choices(looks, k=count)
             shapes: list[Shape | None] = [None] * 4
@@ -208,7 +216,7 @@ class World:
         if form == 1:  # mostly of a colour that is there
             color = self.random.choice(shapes).color if self.random.random() < 0.8 else self.random.choice([*COLORS])
             return f"How many {color} shapes are there?", str(sum(shape.color == color for shape in shapes))
-        kind = self.random.choice(shapes).kind if self.random.random() < 0.8 else self.random.choice(KINDS)
+        kind = self.random.choice(shapes).kind if self.random.random() < 0.8 else self.random.choice(self.kinds)
         plural = {"cross": "crosses"}.get(kind, kind + "s")
         return f"How many {plural} are there?", str(sum(shape.kind == kind for shape in shapes))
 

@@ -7,6 +7,7 @@ from ._version import __version__
 from .configuration_neo import NeoChatConfig, NeoConfig, NeoTextConfig, NeoVisionConfig
 from .image_processing_neo import NeoImageProcessor
 from .indexing_neo import allocate_position_ids
+from .loading import load_nano
 from .modeling_neo import NeoForConditionalGeneration, NeoModel, NeoTextModel
 from .processing_neo import NeoProcessor
 from .raw_checkpoint import register_raw_checkpoints
@@ -53,4 +54,5 @@ __all__ = [
     "NeoVisionConfig",
     "__version__",
     "allocate_position_ids",
+    "load_nano",
 ]

@@ -3,7 +3,7 @@
 from . import conversion, publishing
 from .configuration_neo import NeoConfig
 from .image_processing_neo import load_picture
-from .loading import load_image_processor, load_model_and_processor
+from .loading import NANO, load_image_processor, load_model_and_processor
 from .modeling_neo import NeoForConditionalGeneration
 from .processing_neo import format_timestamp
 from .streaming import NeoStream
@@ -25,7 +25,20 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder in Hub format, or raw folder.")]
+
+
+def _model_name(name: str) -> str:
+    return str(NANO) if name == "nano" else name
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Hub id, folder in Hub format, raw folder, or `nano`, the model that comes with neo-hf.",
+        callback=_model_name,
+    ),
+]
 Images = Annotated[list[str], typer.Option("--image", metavar="FILE", help="Picture (path or URL). May be repeated.")]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Length of an answer at most.")]
 System = Annotated[str, typer.Option(metavar="TEXT", help="System text.")]

@@ -7,9 +7,12 @@ from .processing_neo import NeoProcessor
 from .tokenization import add_neo_tokens, load_tokenizer
 
 import os
+from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig
+
+NANO = Path(__file__).parent / "nano"  # the model that comes with the package
 
 
 def is_raw(name_or_path: str | os.PathLike) -> bool:
@@ -62,3 +65,11 @@ def load_model_and_processor(
         # Raw configurations leave them to the tokenizer.
         setattr(model.config, name, getattr(processor, name))
     return model, processor
+
+
+def load_nano() -> tuple[NeoForConditionalGeneration, NeoProcessor]:
+    """
+    NEO-nano and its processor, in float32: a model of 1.4 million parameters that comes with the package, to try
+    everything on. It knows drawn shapes and digits; its card is `nano/README.md` beside this file.
+    """
+    return load_model_and_processor(NANO)
