@@ -276,6 +276,7 @@ def with_answer(
         ValueError: the answer is shorter.
     """
     given = {name: tensor.to(model.device) for name, tensor in inputs.items() if name != "position_ids"}
+    given.setdefault("attention_mask", torch.ones_like(given["input_ids"]))
     output = model.generate(**given, max_new_tokens=num_tokens, do_sample=False)
     if (found := output.shape[1] - given["input_ids"].shape[1]) < num_tokens:
         raise ValueError(f"The answer has {found} tokens only, expected {num_tokens} or more.")
@@ -301,7 +302,7 @@ def plot_units(prompt: Prompt, ax: Axes | None = None) -> Figure:
     borders = _document_borders(prompt)
     for number, start in enumerate([0, *borders] if borders else [], start=1):
         ax.vlines(start, -0.12, 0.1, color="black", lw=1.5)
-        ax.text(start, -0.03, f" document {number}", va="top", fontsize=8)
+        ax.text(start, -0.03, f" {number}" if start else f" document {number}", va="top", fontsize=8)
 
     shown: list[int | None] = [*range(len(prompt.units))]
     if len(shown) > MAX_CARDS:
@@ -322,7 +323,8 @@ def plot_units(prompt: Prompt, ax: Axes | None = None) -> Figure:
         ax.add_patch(Polygon(corners, facecolor=color, alpha=0.35, lw=0))
         card = ax.inset_axes((left, 0.375, width, 0.5), xticks=[], yticks=[], anchor="S")
         card.spines[:].set_color(color)
-        caption = f"{unit.stop - unit.start:,} tokens"
+        count = unit.stop - unit.start
+        caption = f"{count:,} token{'s' * (count > 1)}"
         if isinstance(unit, Picture):
             card.imshow(unit.pixels)
             card.spines[:].set_linewidth(2)
@@ -354,9 +356,11 @@ def plot_position_ids(prompt: Prompt, ax: Axes | None = None) -> Figure:
     """The T index of each token (left axis), H and W (right axis)."""
     ax = ax or _new_axes(14, 2.2)
     right = ax.twinx()
+    ax.set_zorder(right.get_zorder() + 1)  # T on top of the many turns of W
+    ax.patch.set_visible(False)
     lines = []
-    for name, index, side in zip("THW", prompt.position_ids, (ax, right, right), strict=True):
-        lines += side.plot(index, color=AXIS_COLORS[name], label=name, lw=1.2 if side is ax else 0.8, ds="steps-post")
+    for name, index, side, width in zip("THW", prompt.position_ids, (ax, right, right), (1.4, 1.2, 0.6), strict=True):
+        lines += side.plot(index, color=AXIS_COLORS[name], label=name, lw=width, zorder=2 + width, ds="steps-post")
     for unit, color in zip(prompt.units, _unit_colors(prompt), strict=True):
         if isinstance(unit, Picture):
             ax.axvspan(unit.start, unit.stop, color=color, alpha=0.12, lw=0)
