@@ -253,6 +253,13 @@ def test_command(hub_folder, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_nothing_half_written(tmp_path):
+    (tmp_path / "taken.png").mkdir()
+    with pytest.raises(OSError, match=r"taken\.png"):
+        visualize.save(Figure(), tmp_path / "taken.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.png"]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -121,7 +121,6 @@ def read_prompt(config: NeoConfig, processor: NeoProcessor, inputs: Mapping[str,
     pixels, grid_hw = (
         None if (tensor := inputs.get(name)) is None else tensor.cpu() for name in ("pixel_values", "image_grid_hw")
     )
-    merge_size = config.vision_config.spatial_merge_size
     position_ids = inputs.get("position_ids")
     if position_ids is None:
         position_ids = allocate_position_ids(
@@ -129,7 +128,7 @@ def read_prompt(config: NeoConfig, processor: NeoProcessor, inputs: Mapping[str,
             grid_hw,
             image_token_id=processor.image_token_id,
             image_start_token_id=processor.image_start_token_id,
-            spatial_merge_size=merge_size,
+            spatial_merge_size=processor.image_processor.spatial_merge_size,
             document_ids=document_ids,
         )
     elif position_ids.shape != (3, 1, length):
