@@ -5,13 +5,14 @@ from .configuration_neo import NeoConfig
 from .image_processing_neo import load_picture
 from .loading import NANO, load_image_processor, load_model_and_processor
 from .modeling_neo import NeoForConditionalGeneration
-from .processing_neo import format_timestamp
+from .processing_neo import NeoProcessor, format_timestamp
 from .streaming import NeoStream
 from .streaming import watch as watch_video
 from .video_processing_neo import open_video
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -40,6 +41,11 @@ Model = Annotated[
     ),
 ]
 Images = Annotated[list[str], typer.Option("--image", metavar="FILE", help="Picture (path or URL). May be repeated.")]
+Videos = Annotated[list[str], typer.Option("--video", metavar="FILE", help="Video (path or URL). May be repeated.")]
+Frames = Annotated[int | None, typer.Option(metavar="N", help="Frames to take of a video.")]
+Fps = Annotated[float | None, typer.Option(metavar="F", help="Frames to take per second of a video.")]
+Start = Annotated[float | None, typer.Option(metavar="S", help="Second of a video to start at.")]
+End = Annotated[float | None, typer.Option(metavar="S", help="Second of a video to end at.")]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Length of an answer at most.")]
 System = Annotated[str, typer.Option(metavar="TEXT", help="System text.")]
 
@@ -49,21 +55,17 @@ def chat(
     model_name: Model,
     question: Annotated[str | None, typer.Argument(metavar="[QUESTION]", help="Without it, a conversation.")] = None,
     image: Images = [],  # noqa: B006 (typer copies it)
-    video: Annotated[list[str], typer.Option(metavar="FILE", help="Video (path or URL). May be repeated.")] = [],  # noqa: B006
-    frames: Annotated[int | None, typer.Option(metavar="N", help="Frames to take of a video.")] = None,
-    fps: Annotated[float | None, typer.Option(metavar="F", help="Frames to take per second of a video.")] = None,
-    start: Annotated[float | None, typer.Option(metavar="S", help="Second of a video to start at.")] = None,
-    end: Annotated[float | None, typer.Option(metavar="S", help="Second of a video to end at.")] = None,
+    video: Videos = [],  # noqa: B006
+    frames: Frames = None,
+    fps: Fps = None,
+    start: Start = None,
+    end: End = None,
     system: System = "",
     max_new_tokens: MaxNewTokens = 4096,
 ):
     """Answer a question about pictures and videos, or hold a conversation line by line."""
-    images = [load_picture(file) for file in image]  # before the weights, which take longer
-    for file in video:
-        if not file.startswith(("http://", "https://")):
-            open_video(file)
-    sampling = {"num_frames": frames, "fps": fps, "start": start, "end": end}
-    sampling = {name: value for name, value in sampling.items() if value is not None}
+    media = _open_media(image, video)
+    sampling = _sampling(frames, fps, start, end)
     model, processor = load_model_and_processor(model_name)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -71,21 +73,67 @@ def chat(
     for text in _questions(question):
         content: list[dict] = [{"type": "text", "text": text}]
         if len(messages) == 1:
-            videos = [{"type": "video", "video": file} for file in video]
-            content = [*({"type": "image", "image": picture} for picture in images), *videos, *content]
+            content = [*media, *content]
         messages.append({"role": "user", "content": content})
-        inputs: Any = processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"videos_kwargs": sampling},
-        )
-        inputs = inputs.to(model.device)
+        inputs = _prepare(processor, messages, sampling).to(model.device)
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer)
         answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         messages.append({"role": "assistant", "content": answer})
+
+
+def _open_media(images: list[str], videos: list[str]) -> list[dict]:
+    """Parts of a message. What cannot be read is refused here, before the weights, which take longer."""
+    for file in videos:
+        if not file.startswith(("http://", "https://")):
+            open_video(file)
+    pictures = [{"type": "image", "image": load_picture(file)} for file in images]
+    return [*pictures, *({"type": "video", "video": file} for file in videos)]
+
+
+def _sampling(frames: int | None, fps: float | None, start: float | None, end: float | None) -> dict:
+    sampling = {"num_frames": frames, "fps": fps, "start": start, "end": end}
+    return {name: value for name, value in sampling.items() if value is not None}
+
+
+def _prepare(processor: NeoProcessor, messages: list[dict], sampling: dict) -> Any:
+    return processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"videos_kwargs": sampling},
+    )
+
+
+@app.command()
+def show(
+    model_name: Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Question to draw.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Drawing to write: .png, .pdf, .svg, ...")],
+    image: Images = [],  # noqa: B006
+    video: Videos = [],  # noqa: B006
+    frames: Frames = None,
+    fps: Fps = None,
+    start: Start = None,
+    end: End = None,
+    system: System = "",
+    token: Annotated[int, typer.Option(metavar="N", min=1, help="Token of the answer whose attention to draw.")] = 1,
+    layer: Annotated[int | None, typer.Option(metavar="N", help="Layer to draw; the mean of all without.")] = None,
+):
+    """Draw what the model sees of a prompt: units, indices, mask, and an answer's attention over the pictures."""
+    from . import visualize  # needs matplotlib
+
+    visualize.check_output(out)
+    media = _open_media(image, video)
+    model, processor = load_model_and_processor(model_name)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    content = [*media, {"type": "text", "text": prompt}]
+    messages: list[dict] = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+    inputs = _prepare(processor, messages, _sampling(frames, fps, start, end))
+    if token > 1:
+        inputs = visualize.with_answer(model, inputs, token - 1)
+    visualize.save(visualize.plot_prompt(model, processor, inputs, layer=layer), out)
 
 
 @app.command()
@@ -284,7 +332,7 @@ def main(argv: list[str] | None = None):
     logging.set_verbosity_error()
     try:
         app(argv)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"neo-hf: error: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -37,6 +37,12 @@ def load_image_processor(name_or_path: str | os.PathLike) -> NeoImageProcessor:
 def load_processor(name_or_path: str | os.PathLike) -> NeoProcessor:
     """The processor of a NEO; that of a raw checkpoint is put together from its tokenizer and configuration."""
     if not is_raw(name_or_path):
+        files = ("processor_config.json", "preprocessor_config.json")
+        if os.path.isdir(name_or_path) and not any(os.path.exists(os.path.join(name_or_path, name)) for name in files):
+            raise ValueError(
+                f"{name_or_path} has no processor: it needs {files[0]} and a tokenizer, which the processor's "
+                "save_pretrained writes."
+            )
         return NeoProcessor.from_pretrained(name_or_path)
     folder = name_or_path
     if not os.path.isdir(name_or_path):
