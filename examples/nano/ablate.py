@@ -34,7 +34,7 @@ VARIANTS = {
     "mrope": "mixed mask, M-RoPE",
     "theta": "mixed mask, Native-RoPE, theta 1e6 for H and W",
 }
-WEIGHTS = {"caption": 1.0, "attribute": 2.0, "relation": 2.0, "count": 2.0}
+WEIGHTS = {"caption": 1.0, "attribute": 1.0, "count": 1.0}
 SIZES = (64, 96)  # pixels
 KINDS = ("square",)  # what tells the variants apart is where things are
 
