@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from scipy.stats import t as student
 from tqdm import tqdm
 from train import Arguments, Encoder, encode_stream, evaluate, optimizers, pack
@@ -140,7 +141,6 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def report(results: list[dict], folder: Path):
     """`table.md` and `ablation.png`: mean accuracy over tasks, and its paired difference from "native", in percent."""
-    from matplotlib.figure import Figure
 
     def mean(result: dict, size: int) -> float:
         return 100 * statistics.fmean(result["accuracy"][str(size)].values())

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import HfArgumentParser, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 from world import World
@@ -44,16 +45,17 @@ STAGES = {
         {"caption": 2, "attribute": 1, "relation": 3, "count": 3, "change": 2, "motion": 2, "digits": 2, "text": 1},
     ),
     "sft": Stage(
-        7000,
+        6000,
         {
-            "caption": 4,
+            "caption": 3,
             "scene": 1,
-            "attribute": 1,
-            "relation": 3,
+            "attribute": 2,
+            "where": 2,
+            "relation": 4,
             "count": 3,
             "change": 3,
             "motion": 0.7,
-            "digits": 3,
+            "digits": 2,
             "text": 0.5,
         },
         decay=0.9,
@@ -262,6 +264,30 @@ def train(name: str, model: torch.nn.Module, encoder: Encoder, args: Arguments, 
             mean = 0.0
 
 
+def plot(folder: Path):
+    """`training.png`: loss and accuracy of the three stages, from `log.jsonl`."""
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    starts = dict(zip(STAGES, itertools.accumulate((0, *(stage.steps for stage in STAGES.values()))), strict=False))
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True)
+    steps = [starts[entry["stage"]] + entry["step"] for entry in entries]
+    upper.semilogy(steps, [entry["loss"] for entry in entries], color="black", linewidth=1)
+    upper.set_ylabel("loss")
+    for task in TASKS:
+        points = [(step, 100 * e["accuracy"][task]) for step, e in zip(steps, entries, strict=True) if "accuracy" in e]
+        lower.plot(*zip(*points, strict=True), marker=".", label=task)
+    lower.set_ylabel("unseen scenes answered exactly (%)")
+    lower.set_xlabel("steps")
+    lower.legend()
+    for name, start in starts.items():
+        for ax in (upper, lower):
+            ax.axvline(start, color="silver", linewidth=1)
+        upper.annotate(
+            name, (start, 1), xycoords=("data", "axes fraction"), xytext=(3, -12), textcoords="offset points"
+        )
+    figure.savefig(folder / "training.png", dpi=100)
+
+
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     torch.set_num_threads(args.threads)
@@ -309,6 +335,7 @@ def main():
     NeoProcessor.from_pretrained(previous).save_pretrained(half)
     convert_hub_to_raw(half, raw, force=True)
     convert_raw_to_hub(raw, final, verify=True, force=True)
+    plot(args.output_dir)
 
 
 def image_processor() -> NeoImageProcessor:

@@ -189,6 +189,15 @@ class World:
             return f"What color is the shape at the {place}?", shape.color
         return f"What shape is at the {place}?", shape.kind
 
+    def where(self, scene: Scene) -> tuple[str, str] | None:
+        """None where every look is there more than once."""
+        looks = [str(shape) for _, shape in scene.present]
+        unique = [(quadrant, shape) for quadrant, shape in scene.present if looks.count(str(shape)) == 1]
+        if not unique:
+            return None
+        quadrant, shape = self.random.choice(unique)
+        return f"Where is the {shape}?", f"at the {QUADRANTS[quadrant]}"
+
     def relation(self, scene: Scene) -> tuple[str, str] | None:
         """None where no two shapes, each the only one of its look, are side by side or above one another."""
         looks = [str(shape) for _, shape in scene.present]
@@ -225,7 +234,8 @@ class World:
     def scene_sample(self, tasks: tuple[str, ...] = ("caption", "attribute", "relation", "count"), turns: int = 1):
         """A scene with some of these questions about it, one turn each."""
         tasks = tuple(self.random.sample(tasks, min(turns, len(tasks))))
-        scene = self.scene((2, 3, 4) if "relation" in tasks else (1, 2, 3, 4), distinct="relation" in tasks)
+        distinct = "relation" in tasks or "where" in tasks
+        scene = self.scene((2, 3, 4) if "relation" in tasks else (1, 2, 3, 4), distinct=distinct)
         asked = [getattr(self, task)(scene) for task in tasks]
         return conversation([scene.draw()], [turn for turn in asked if turn is not None])
 
@@ -349,7 +359,7 @@ class World:
             "digits": self.digits_sample,
             "text": self.text_sample,
         }
-        for task in ("caption", "attribute", "relation", "count"):
+        for task in ("caption", "attribute", "where", "relation", "count"):
             makers[task] = functools.partial(self.scene_sample, (task,))
         names, shares = list(weights), list(weights.values())
         while True:
