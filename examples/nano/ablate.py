@@ -45,7 +45,7 @@ class AblationArguments:
     llm: Path = field(metadata={"help": "folder of the text-only LLM that train.py leaves"})
     output_dir: Path = Path("ablation")
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    steps: int = 900
+    steps: int = 600
     rows: int = 4
     row_length: int = 256
     eval_samples: int = 500
