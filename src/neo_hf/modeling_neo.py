@@ -18,6 +18,7 @@ K key/value heads, d head_dim; P patches and V visual tokens of N pictures.
 from .configuration_neo import NeoConfig, NeoTextConfig, NeoVisionConfig
 from .generation_neo import NeoGenerationMixin
 from .indexing_neo import allocate_position_ids, check_grid, place_in_grids
+from .loss_neo import chunked_loss, next_token_targets, target_weights, weighted_cross_entropy
 from .masking_neo import attention_implementation, create_neo_mask
 
 import math
@@ -509,6 +510,13 @@ class NeoModel(NeoPreTrainedModel):
             token_ids = self.get_token_ids(input_ids, inputs_embeds)
             image_hidden_states = torch.cat(tuple(image_features.pooler_output))
             inputs_embeds = self._fill_in(inputs_embeds, token_ids, image_hidden_states)
+        elif self.training and torch.is_grad_enabled():
+            # Text alone goes through the patch embedding too, for nothing: all processes gather its weights and average
+            # its gradients together, whatever each of them reads.
+            vision, merge = self.config.vision_config, self.config.vision_config.spatial_merge_size
+            blank = torch.zeros(merge**2, vision.num_channels * vision.patch_size**2, device=inputs_embeds.device)
+            _, blank_token = self.patch_embed(blank, torch.tensor([[merge, merge]]))
+            inputs_embeds = inputs_embeds + 0 * blank_token.to(inputs_embeds)
 
         if position_ids is not None and position_ids.ndim == 2:
             unmasked = attention_mask is None or bool((attention_mask == 1).all())
@@ -583,6 +591,7 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
         super().__init__(config)
         self.model = NeoModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.loss_function = weighted_cross_entropy
         self.template = "neo1_0"
         self.system_message = ""
         self.post_init()
@@ -640,19 +649,28 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        loss_weight: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        skip_logits: bool | None = None,
         **kwargs,
     ) -> NeoCausalLMOutputWithPast:
         """
         As `NeoModel.forward`, and:
 
         Args:
-            labels: (B, L) token ids to be predicted by the token before each, -100 where none is. `<IMG_CONTEXT>`
-                never counts.
+            labels: (B, L) token ids to be predicted by the token before each, -100 where none is. `<IMG_CONTEXT>`,
+                padding and the first token of a document never count. `shift_labels` in their place are taken as the
+                target of each token itself, as in transformers.
             logits_to_keep: compute logits of the last so many tokens only, 0 for all; or which, as an index tensor.
+            loss_weight: (B, L), the weight of predicting each token, aligned with the labels; 1 where not given.
+            num_items_in_batch: what to divide the loss by in place of the sum of weights of this batch.
+            skip_logits: return the loss alone, which needs a fraction of the memory.
 
         Returns:
-            `logits` (B, L, vocabulary) and, where there are labels, the mean cross entropy `loss`.
+            `logits` (B, L, vocabulary) and, where there are labels, `loss`: the mean cross entropy by weight, 0 where
+            no token counts.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -666,16 +684,40 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            # No loss asks for pixels: who copies input_ids into labels need not know which token stands for them.
-            labels = labels.masked_fill(labels == self._image_token_id, -100)
-            if (shifted := kwargs.get("shift_labels")) is not None:
-                kwargs["shift_labels"] = shifted.masked_fill(shifted == self._image_token_id, -100)
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        vocab_size = self.config.text_config.vocab_size
+        loss, targets = None, None
+        if shift_labels is not None:
+            shift_labels = shift_labels.to(hidden_states.device)
+            targets = shift_labels.masked_fill(shift_labels == self._image_token_id, -100)
+            weights = target_weights(targets, loss_weight)
+        elif labels is not None:
+            targets, weights = next_token_targets(
+                labels.to(hidden_states.device),
+                image_token_id=self._image_token_id,
+                loss_weight=loss_weight,
+                attention_mask=attention_mask,
+                document_ids=document_ids,
             )
+        if skip_logits:
+            if targets is None:
+                raise ValueError("skip_logits=True leaves nothing to compute without labels.")
+            logits = None
+            loss = chunked_loss(
+                self.loss_function, self.lm_head, hidden_states, targets, weights, vocab_size, num_items_in_batch
+            )
+        else:
+            logits = self.lm_head(hidden_states)
+            if targets is not None:
+                loss = self.loss_function(
+                    logits=logits,
+                    labels=labels,
+                    vocab_size=vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                    shift_labels=targets,
+                    loss_weight=weights,
+                    **kwargs,
+                )
         return NeoCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -1,4 +1,4 @@
-"""The three stages of training (NEO paper, section 3.3): what each of them trains."""
+"""The three stages of training (NEO paper, section 3.2): what each of them trains."""
 
 import logging
 
