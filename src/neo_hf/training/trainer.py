@@ -1,0 +1,54 @@
+"""The Trainer of transformers, for batches whose tokens have weights."""
+
+import torch
+from transformers import Trainer
+
+from neo_hf.loss_neo import next_token_targets
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is not a number; the message names the samples that it came from."""
+
+
+class NeoTrainer(Trainer):
+    """
+    `transformers.Trainer`, and:
+
+    - Losses are divided by the sum of `loss_weight` over all batches and processes of a step, as the Trainer divides
+      by the number of tokens: accumulating gradients and adding processes do not change what is learned.
+    - The model computes no logits where nobody reads them.
+    - Training stops with a `NonFiniteLossError` that quotes `sample_names` before the weights take harm.
+    """
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        if not batch_samples or not all("loss_weight" in batch for batch in batch_samples):
+            return super()._get_num_items_in_batch(batch_samples, device)
+        image_token_id = self.accelerator.unwrap_model(self.model).config.image_token_id
+        weight = sum(
+            next_token_targets(
+                batch["labels"],
+                image_token_id=image_token_id,
+                **{name: batch.get(name) for name in ("loss_weight", "attention_mask", "document_ids")},
+            )[1].sum()
+            for batch in batch_samples
+        )
+        weight = torch.as_tensor(weight, dtype=torch.float32, device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            weight = self.accelerator.gather(weight).sum() / self.get_tp_size()  # which see the same batch
+        return weight
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        names = inputs.pop("sample_names", None)
+        inputs.setdefault("skip_logits", model.training)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training and not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"The loss of step {self.state.global_step + 1} is {loss.item()}. It came from the samples "
+                f"{', '.join(names) if names else '(no names given)'}. The last checkpoint is in {self.args.output_dir}."
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        return super().prediction_step(
+            model, {**inputs, "skip_logits": prediction_loss_only}, prediction_loss_only, ignore_keys
+        )
