@@ -511,8 +511,8 @@ class NeoModel(NeoPreTrainedModel):
             image_hidden_states = torch.cat(tuple(image_features.pooler_output))
             inputs_embeds = self._fill_in(inputs_embeds, token_ids, image_hidden_states)
         elif self.training and torch.is_grad_enabled():
-            # Text alone goes through the patch embedding too, for nothing: all processes gather its weights and average
-            # its gradients together, whatever each of them reads.
+            # Text alone uses the patch embedding too, for nothing: processes gather its weights and average its
+            # gradients together, whatever each of them reads.
             vision, merge = self.config.vision_config, self.config.vision_config.spatial_merge_size
             blank = torch.zeros(merge**2, vision.num_channels * vision.patch_size**2, device=inputs_embeds.device)
             _, blank_token = self.patch_embed(blank, torch.tensor([[merge, merge]]))

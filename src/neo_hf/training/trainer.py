@@ -43,8 +43,9 @@ class NeoTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and not torch.isfinite(loss):
             raise NonFiniteLossError(
-                f"The loss of step {self.state.global_step + 1} is {loss.item()}. It came from the samples "
-                f"{', '.join(names) if names else '(no names given)'}. The last checkpoint is in {self.args.output_dir}."
+                f"The loss of step {self.state.global_step + 1} is {loss.item()}, from the samples "
+                f"{', '.join(names) if names else '(no names given)'}. No harm is done to what was saved in "
+                f"{self.args.output_dir}."
             )
         return (loss, outputs) if return_outputs else loss
 
