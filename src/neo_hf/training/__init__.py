@@ -1,5 +1,17 @@
-"""Training NEO: what each stage trains."""
+"""Training NEO: data, batches, and what each stage trains."""
 
+from neo_hf.training.collators import PackedCollator, PaddedCollator
+from neo_hf.training.data import SampleStream, Source, encode_record, load_samples
+from neo_hf.training.packing import PackedDataset
 from neo_hf.training.stages import prepare_for_stage
 
-__all__ = ["prepare_for_stage"]
+__all__ = [
+    "PackedCollator",
+    "PackedDataset",
+    "PaddedCollator",
+    "SampleStream",
+    "Source",
+    "encode_record",
+    "load_samples",
+    "prepare_for_stage",
+]
