@@ -1,6 +1,20 @@
-"""Training NEO: what each stage trains, and a Trainer."""
+"""Training NEO: data, batches, what each stage trains, and a Trainer."""
 
+from neo_hf.training.collators import PackedCollator, PaddedCollator
+from neo_hf.training.data import SampleStream, Source, encode_record, load_samples
+from neo_hf.training.packing import PackedDataset
 from neo_hf.training.stages import prepare_for_stage
 from neo_hf.training.trainer import NeoTrainer, NonFiniteLossError
 
-__all__ = ["NeoTrainer", "NonFiniteLossError", "prepare_for_stage"]
+__all__ = [
+    "NeoTrainer",
+    "NonFiniteLossError",
+    "PackedCollator",
+    "PackedDataset",
+    "PaddedCollator",
+    "SampleStream",
+    "Source",
+    "encode_record",
+    "load_samples",
+    "prepare_for_stage",
+]
