@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
-from neo_hf import loss_neo
+from neo_hf.indexing_neo import document_starts
+from neo_hf.modeling_neo import NeoOutputHead
 from neo_hf.raw_checkpoint import RAW_TO_NEO
 from neo_hf.training import NeoTrainer, NonFiniteLossError, prepare_for_stage
 
@@ -106,7 +107,7 @@ def test_golden_loss_and_gradients(attention, skip_logits):
 @pytest.mark.parametrize("kind", ["token", "square", "sample"])
 @pytest.mark.parametrize("skip_logits", [False, True])
 def test_packed_is_separate(tiny, kind, skip_logits, monkeypatch):
-    monkeypatch.setattr(loss_neo, "CHUNK_TOKENS", 7)
+    monkeypatch.setattr(NeoOutputHead, "chunk_tokens", 7)
     samples = make_samples()
     expected_loss, total, expected = 0, 0, {}
     for sample in samples:
@@ -130,7 +131,7 @@ def test_what_never_counts(tiny):
         labels, weight = inputs["labels"].clone(), torch.ones_like(inputs["loss_weight"])
         labels[inputs["input_ids"] == IMAGE] = IMAGE
         if packed:
-            labels[loss_neo.document_starts(inputs["document_ids"])] = 7
+            labels[document_starts(inputs["document_ids"])] = 7
         else:
             labels[inputs["attention_mask"] == 0] = 7
         loss = tiny(**inputs | {"labels": labels, "loss_weight": weight}).loss

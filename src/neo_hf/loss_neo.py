@@ -7,16 +7,10 @@ Pure functions. Shapes: B rows, L tokens, E hidden size. Weights and normalisati
 from .configuration_neo import NeoConfig  # noqa: F401  (imported first: it refuses an unsupported transformers)
 from .indexing_neo import document_starts
 
-from collections.abc import Callable
-
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
-
-# Tokens whose logits `chunked_loss` holds at once: about 1.2 GB in float32 with 151,936 words, backward pass included.
-CHUNK_TOKENS = 512
 
 
 def next_token_targets(
@@ -95,45 +89,6 @@ def weighted_cross_entropy(
     weights = target_weights(shift_labels, loss_weight).to(logits.device).flatten()
     total = weights.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).to(logits.device)
     return (token_loss * weights).sum() / torch.where(total > 0, total, 1)
-
-
-def chunked_loss(
-    loss_function: Callable[..., torch.Tensor],
-    head: Callable[[torch.Tensor], torch.Tensor],
-    hidden_states: torch.Tensor,
-    targets: torch.Tensor,
-    weights: torch.Tensor,
-    vocab_size: int,
-    num_items_in_batch: torch.Tensor | int | None = None,
-) -> torch.Tensor:
-    """
-    The same loss without the logits: those of a few hundred tokens exist at a time, and again in the backward pass.
-    Tokens without a target have none. The head is called as a module, so that what is hung on it (adapters, the
-    hooks of FSDP and ZeRO) works.
-
-    Args:
-        loss_function: as `weighted_cross_entropy`.
-        head: (tokens, E) -> (tokens, vocabulary).
-        hidden_states: (B, L, E).
-        targets, weights: (B, L), of `next_token_targets`.
-    """
-
-    def loss_of(hidden_states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return loss_function(
-            logits=head(hidden_states),
-            labels=None,
-            vocab_size=vocab_size,
-            num_items_in_batch=total,
-            shift_labels=targets,
-            loss_weight=weights,
-        )
-
-    total = weights.sum() if num_items_in_batch is None else num_items_in_batch
-    # With weight 0 a token has no part in the loss. Without any token left there is one empty chunk.
-    kept = weights != 0
-    chunks = zip(*(x[kept].split(CHUNK_TOKENS) for x in (hidden_states, targets, weights)), strict=True)
-    losses = [checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks]
-    return torch.stack(losses).sum()
 
 
 __all__ = ["weighted_cross_entropy"]

@@ -18,7 +18,7 @@ K key/value heads, d head_dim; P patches and V visual tokens of N pictures.
 from .configuration_neo import NeoConfig, NeoTextConfig, NeoVisionConfig
 from .generation_neo import NeoGenerationMixin
 from .indexing_neo import allocate_position_ids, check_grid, place_in_grids
-from .loss_neo import chunked_loss, next_token_targets, target_weights, weighted_cross_entropy
+from .loss_neo import next_token_targets, target_weights, weighted_cross_entropy
 from .masking_neo import attention_implementation, create_neo_mask
 
 import math
@@ -29,6 +29,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import find_packed_sequence_indices
@@ -581,6 +582,37 @@ def check_token_ids(input_ids: torch.Tensor, vocab_size: int):
         )
 
 
+class NeoOutputHead(nn.Linear):
+    """Hidden states to logits, or straight to a loss: then only the logits of a few tokens exist at a time."""
+
+    # About 1.2 GB in float32 with 151,936 words, backward pass included.
+    chunk_tokens = 512
+
+    def forward(
+        self, hidden_states: torch.Tensor, loss_of: Callable[..., torch.Tensor] | None = None, *columns: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: (..., E), or (tokens, E) where there is a loss.
+            loss_of: called with the logits of some tokens and their part of `columns`, gives their part of the loss.
+                It is called again in the backward pass. All this is one call of this module, as FSDP and ZeRO gather
+                its weights for a call, and expect the same calls from all processes.
+            columns: (tokens, ...).
+
+        Returns:
+            Logits (..., vocabulary), or the loss, a scalar.
+        """
+        if loss_of is None:
+            return super().forward(hidden_states)
+
+        def chunk_loss(hidden_states: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
+            return loss_of(F.linear(hidden_states, self.weight), *columns)
+
+        # Without tokens there is one empty chunk, which has a gradient.
+        chunks = zip(*(column.split(self.chunk_tokens) for column in (hidden_states, *columns)), strict=True)
+        return torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+
 class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
     """NEO with its output head: reads text and pictures, writes text."""
 
@@ -590,7 +622,7 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
     def __init__(self, config: NeoConfig):
         super().__init__(config)
         self.model = NeoModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = NeoOutputHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.loss_function = weighted_cross_entropy
         self.template = "neo1_0"
         self.system_message = ""
@@ -671,6 +703,8 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
             no token counts.
         """
         shift_labels = kwargs.pop("shift_labels", None)
+        if use_cache is None and (labels is not None or shift_labels is not None):
+            use_cache = False  # a layer that is run again, to recompute activations, would fill it twice
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -685,8 +719,7 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        vocab_size = self.config.text_config.vocab_size
-        loss, targets = None, None
+        targets = None
         if shift_labels is not None:
             shift_labels = shift_labels.to(hidden_states.device)
             targets = shift_labels.masked_fill(shift_labels == self._image_token_id, -100)
@@ -699,25 +732,29 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
                 attention_mask=attention_mask,
                 document_ids=document_ids,
             )
-        if skip_logits:
-            if targets is None:
-                raise ValueError("skip_logits=True leaves nothing to compute without labels.")
-            logits = None
-            loss = chunked_loss(
-                self.loss_function, self.lm_head, hidden_states, targets, weights, vocab_size, num_items_in_batch
+        if skip_logits and targets is None:
+            raise ValueError("skip_logits=True leaves nothing to compute without labels.")
+
+        def loss_of(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            return self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=targets,
+                loss_weight=weights,
+                **kwargs,
             )
+
+        # A head that something else was put around or in place of (an adapter) gives logits only.
+        if skip_logits and isinstance(self.lm_head, NeoOutputHead):
+            if num_items_in_batch is None:
+                num_items_in_batch = weights.sum()
+            counted = weights != 0
+            logits, loss = None, self.lm_head(hidden_states[counted], loss_of, targets[counted], weights[counted])
         else:
             logits = self.lm_head(hidden_states)
-            if targets is not None:
-                loss = self.loss_function(
-                    logits=logits,
-                    labels=labels,
-                    vocab_size=vocab_size,
-                    num_items_in_batch=num_items_in_batch,
-                    shift_labels=targets,
-                    loss_weight=weights,
-                    **kwargs,
-                )
+            loss = None if targets is None else loss_of(logits, targets, weights)
         return NeoCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -5,18 +5,25 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from accelerate.state import DistributedType, PartialState
 from conftest import random_model, tiny_config
-from test_training import SGD, make_samples, train
+from test_training import SGD, collate, make_samples, training_arguments
 from torch.distributed.fsdp import FSDPModule
 
-from neo_hf import loss_neo
+from neo_hf.modeling_neo import NeoOutputHead
+from neo_hf.training import NeoTrainer
 
 
-def main(folder, arguments):
-    loss_neo.CHUNK_TOKENS = 7
+def main(folder, kwargs):
+    NeoOutputHead.chunk_tokens = 7
     model = random_model(tiny_config(tie_word_embeddings=True))
-    trainer = train(model, make_samples(16), folder, **SGD, **arguments)
-    assert isinstance(trainer.model, FSDPModule) == bool(arguments.get("fsdp"))
+    arguments = training_arguments(folder, **SGD, **kwargs)
+    if arguments.fsdp:
+        # accelerate has FSDP on accelerators only; FSDP itself runs anywhere.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = NeoTrainer(model, arguments, data_collator=collate, train_dataset=make_samples(16))
+    trainer.train()
+    assert isinstance(trainer.model, FSDPModule) == bool(arguments.fsdp)
     trainer.save_model()
     if trainer.is_world_process_zero():
         trainer.save_state()

@@ -1,9 +1,11 @@
 """The Trainer of transformers, for batches whose tokens have weights."""
 
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from transformers import Trainer
 
 from neo_hf.loss_neo import next_token_targets
+from neo_hf.training.data import SampleStream
 
 
 class NonFiniteLossError(RuntimeError):
@@ -16,9 +18,19 @@ class NeoTrainer(Trainer):
 
     - Losses are divided by the sum of `loss_weight` over all batches and processes of a step, as the Trainer divides
       by the number of tokens: accumulating gradients and adding processes do not change what is learned.
+    - A `SampleStream`, packed or not, is taken as it is: it gives each process its own share.
     - The model computes no logits where nobody reads them.
     - Training stops with a `NonFiniteLossError` that quotes `sample_names` before the weights take harm.
     """
+
+    def get_train_dataloader(self):
+        # A stream gives each process its own share: nobody reads for the others, or shares it out once more.
+        self.accelerator.dataloader_config.dispatch_batches = False
+        loader = super().get_train_dataloader()
+        stream = getattr(self.train_dataset, "samples", self.train_dataset)
+        if isinstance(stream, SampleStream) and isinstance(loader.dataset, IterableDatasetShard):
+            loader.dataset.num_processes, loader.dataset.process_index = 1, 0
+        return loader
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         if not batch_samples or not all("loss_weight" in batch for batch in batch_samples):
