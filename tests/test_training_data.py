@@ -471,8 +471,9 @@ def test_order_changes_from_pass_to_pass():
 
 
 @pytest.mark.parametrize("kind", ["list", "sharded", "iterable"])
-def test_workers_and_processes(processor, kind):
+def test_workers_and_processes(processor, monkeypatch, kind):
     """Two processes with two workers each: no record twice in the first pass, the same again when repeated."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
     records = texts(16)
     data = {
         "list": records,
@@ -483,8 +484,8 @@ def test_workers_and_processes(processor, kind):
     for _ in range(2):
         names = []
         for rank in range(2):
-            stream = SampleStream([Source(data)], processor, rank=rank, world_size=2)
-            loader = DataLoader(stream, batch_size=2, num_workers=2, collate_fn=list)
+            monkeypatch.setenv("RANK", str(rank))
+            loader = DataLoader(SampleStream([Source(data)], processor), batch_size=2, num_workers=2, collate_fn=list)
             names.append([sample["input_ids"].tolist() for batch in islice(loader, 4) for sample in batch])
         runs.append(names)
     assert runs[0] == runs[1]
@@ -513,15 +514,6 @@ def test_workers_count_together(processor):
     assert stream.num_skipped >= 9  # three or four per pass, of about ten passes
 
 
-def test_rank_of_launchers(processor, monkeypatch):
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("WORLD_SIZE", "5")
-    stream = SampleStream([Source(texts(1))], processor)
-    assert (stream.rank, stream.world_size) == (3, 5)
-    with pytest.raises(ValueError, match="from 0 to 1, got 2"):
-        SampleStream([Source(texts(1))], processor, rank=2, world_size=2)
-
-
 # Packing
 
 
@@ -542,8 +534,8 @@ def test_best_fit():
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(1, 12), max_size=30), st.integers(1, 8), st.integers(0, 2))
-def test_packing(lengths, buffer_size, num_workers):
+@given(st.lists(st.integers(1, 12), max_size=30), st.integers(1, 8))
+def test_packing(lengths, buffer_size):
     samples = documents(lengths)
     packed = PackedDataset(samples, max_length=10, buffer_size=buffer_size)
     rows = list(packed)
@@ -551,16 +543,32 @@ def test_packing(lengths, buffer_size, num_workers):
     assert all(sum(len(sample["input_ids"]) for sample in row) <= 10 for row in rows)
     assert packed.num_dropped == sum(length > 10 for length in lengths)
     assert names(PackedDataset(samples, max_length=10, buffer_size=buffer_size)) == names(rows)
-    # No sample waits for longer than there are places in the buffer.
-    for number, row in enumerate(names(rows)):
-        assert all(name >= number - buffer_size for name in row)
+    # The oldest is taken first: none waits.
+    assert all(name >= number for number, row in enumerate(names(rows)) for name in row)
 
 
-def test_packing_in_workers():
-    packed = PackedDataset(documents([3, 5, 11, 7, 2, 4, 4]), max_length=10)
-    rows = list(DataLoader(packed, num_workers=2, batch_size=None))
+def test_packing_in_workers_and_processes(monkeypatch):
+    samples, rows = documents([3, 5, 11, 7, 2, 4, 4]), []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        packed = PackedDataset(samples, max_length=10)
+        rows += list(DataLoader(packed, num_workers=2, batch_size=None))
+        assert packed.num_dropped == rank  # document 2 is for the third of the four workers
     assert sorted(name for row in names(rows) for name in row) == [0, 1, 3, 4, 5, 6]
-    assert packed.num_dropped == 1
+
+
+def test_packed_stream(processor):
+    """Rows without end, whose documents are those of the stream."""
+    sources = [Source(texts(10))]
+    alone = {sample["name"]: sample["input_ids"].tolist() for sample in load_samples(sources, processor)}
+    packed = PackedDataset(SampleStream(sources, processor), max_length=70, buffer_size=5)
+    loader = DataLoader(packed, batch_size=2, num_workers=2, collate_fn=PackedCollator(0, max_length=70))
+    for batch in islice(loader, 6):
+        rows = zip(batch["input_ids"], batch["document_ids"], strict=True)
+        found = [ids[documents == number].tolist() for ids, documents in rows for number in range(documents.max())]
+        assert found == [alone[name] for name in batch["sample_names"]]
+        assert len(found) == 8  # of 16 tokens each, four to a row
 
 
 def test_packing_refuses(caplog):
