@@ -429,8 +429,12 @@ def _encode_all(source: Source, records, processor: NeoProcessor, skip: Callable
         ) from error
 
 
-def reader_of(rank: int, world_size: int) -> tuple[int, int]:
-    """Which of how many readers this process is, the workers of a DataLoader on each rank being readers apart."""
+def this_reader() -> tuple[int, int]:
+    """
+    Which of how many readers this is: each worker of a DataLoader, in each process of a distributed run, is one.
+    Launchers tell the process by RANK and WORLD_SIZE.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     worker = get_worker_info()
     if worker is None:
         return rank, world_size
@@ -441,42 +445,32 @@ class SampleStream(IterableDataset):
     """
     Samples without end, drawn from several sources by their weights; a text-only share is a source like others.
 
-    Each process and each worker of a DataLoader reads its own share, so that no pass over a source has a record twice:
-    the stream is not to be sharded again. The order depends on the seed and on the number of processes and workers
-    alone: to resume, skip as many batches.
+    Each process of a distributed run and each worker of a DataLoader reads its own share, so that no pass over a
+    source has a record twice: the stream is not to be sharded again. The order depends on the seed and on the number
+    of processes and workers alone: to resume, skip as many batches.
 
     Bad records are skipped, and logged with their name and what is wrong.
 
     Args:
+        sources: with their weights.
+        processor: encodes the records.
         seed: of the draw and of the order in each source.
-        rank, world_size: of this process; by default as launchers set them in RANK and WORLD_SIZE.
 
     Raises:
         ValueError: there is no source; while reading, not a single record of a source is good.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        processor: NeoProcessor,
-        seed: int = 0,
-        rank: int | None = None,
-        world_size: int | None = None,
-    ):
-        if not sources:
-            raise ValueError("A stream needs at least one source, got none.")
+    def __init__(self, sources: Iterable[Source], processor: NeoProcessor, seed: int = 0):
         self.sources = list(sources)
+        if not self.sources:
+            raise ValueError("A stream needs at least one source, got none.")
         self.processor = processor
         self.seed = seed
-        self.rank = int(os.environ.get("RANK", 0)) if rank is None else rank
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank must be from 0 to {self.world_size - 1}, got {self.rank}.")
         self._skipped = multiprocessing.Value("q", 0)
 
     @property
     def num_skipped(self) -> int:
-        """How often a bad record was skipped on this rank, workers included."""
+        """How often a bad record was skipped in this process and its workers."""
         return self._skipped.value
 
     def _skip(self, name: str):
@@ -484,7 +478,7 @@ class SampleStream(IterableDataset):
             self._skipped.value += 1
 
     def __iter__(self) -> Iterator[dict]:
-        shard, num_shards = reader_of(self.rank, self.world_size)
+        shard, num_shards = this_reader()
         draw = random.Random(f"{self.seed} {shard}")
         streams = [
             _encode_all(source, source.draw(shard, num_shards, self.seed), self.processor, self._skip)

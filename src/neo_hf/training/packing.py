@@ -7,7 +7,7 @@ from itertools import islice
 
 from torch.utils.data import IterableDataset
 
-from neo_hf.training.data import MAX_BAD_RECORDS, reader_of
+from neo_hf.training.data import MAX_BAD_RECORDS, this_reader
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ class PackedDataset(IterableDataset):
     Rows (lists) of whole samples, at most `max_length` tokens long, for `PackedCollator`. Each sample comes once.
 
     Args:
-        samples: a `SampleStream`; or any data set of samples, read once and in order, shared out among the workers of
-            a DataLoader.
+        samples: a `SampleStream`; or any other data set of samples, read once and in order, shared out among processes
+            and workers. Their numbers of rows differ then: for distributed training make it a source of a stream.
         max_length: of a row in tokens.
         buffer_size: samples to choose from. They are in memory with their pictures, for each worker.
         drop_overlong: leave out samples longer than a row, logged and counted. Otherwise they are an error. No sample
@@ -65,14 +65,14 @@ class PackedDataset(IterableDataset):
 
     @property
     def num_dropped(self) -> int:
-        """How often a sample was left out as too long on this rank, workers included."""
+        """How often a sample was left out as too long in this process and its workers."""
         return self._dropped.value
 
     def __iter__(self) -> Iterator[list[dict]]:
         samples = self.samples
         if not isinstance(samples, IterableDataset):
-            worker, num_workers = reader_of(rank=0, world_size=1)
-            samples = islice(samples, worker, None, num_workers)
+            shard, num_shards = this_reader()
+            samples = islice(samples, shard, None, num_shards)
         return fill_rows(self._fitting(samples), self.max_length, self.buffer_size)
 
     def _fitting(self, samples: Iterable[dict]) -> Iterator[dict]:
