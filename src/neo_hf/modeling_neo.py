@@ -750,8 +750,8 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
         if skip_logits and isinstance(self.lm_head, NeoOutputHead):
             if num_items_in_batch is None:
                 num_items_in_batch = weights.sum()
-            counted = weights != 0
-            logits, loss = None, self.lm_head(hidden_states[counted], loss_of, targets[counted], weights[counted])
+            kept = weights != 0
+            logits, loss = None, self.lm_head(hidden_states[kept], loss_of, targets[kept], weights[kept])
         else:
             logits = self.lm_head(hidden_states)
             loss = None if targets is None else loss_of(logits, targets, weights)

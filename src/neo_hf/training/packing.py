@@ -12,7 +12,7 @@ from neo_hf.training.data import MAX_BAD_RECORDS, this_reader
 logger = logging.getLogger(__name__)
 
 
-def fill_rows(samples: Iterable[dict], max_length: int, buffer_size: int) -> Iterator[list[dict]]:
+def fill_rows(samples: Iterable[dict], max_length: int, buffer_size: int = 64) -> Iterator[list[dict]]:
     """
     Samples in rows of at most `max_length` tokens. A row begins with the oldest sample in the buffer, so that none
     waits for long, and goes on with whichever leaves the least room (best fit), the oldest of those that tie.

@@ -6,6 +6,7 @@ from transformers import Trainer
 
 from neo_hf.loss_neo import next_token_targets
 from neo_hf.training.data import SampleStream
+from neo_hf.training.packing import PackedDataset
 
 
 class NonFiniteLossError(RuntimeError):
@@ -18,7 +19,7 @@ class NeoTrainer(Trainer):
 
     - Losses are divided by the sum of `loss_weight` over all batches and processes of a step, as the Trainer divides
       by the number of tokens: accumulating gradients and adding processes do not change what is learned.
-    - A `SampleStream`, packed or not, is taken as it is: it gives each process its own share.
+    - A `SampleStream` or `PackedDataset` is taken as it is: it gives each process its own share.
     - The model computes no logits where nobody reads them.
     - Training stops with a `NonFiniteLossError` that quotes `sample_names` before the weights take harm.
     """
@@ -27,8 +28,9 @@ class NeoTrainer(Trainer):
         # A stream gives each process its own share: nobody reads for the others, or shares it out once more.
         self.accelerator.dataloader_config.dispatch_batches = False
         loader = super().get_train_dataloader()
-        stream = getattr(self.train_dataset, "samples", self.train_dataset)
-        if isinstance(stream, SampleStream) and isinstance(loader.dataset, IterableDatasetShard):
+        if isinstance(loader.dataset, IterableDatasetShard) and isinstance(
+            self.train_dataset, (SampleStream, PackedDataset)
+        ):
             loader.dataset.num_processes, loader.dataset.process_index = 1, 0
         return loader
 
