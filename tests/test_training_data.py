@@ -254,6 +254,8 @@ def test_other_vocabulary_and_patches():
         ({"conversations": ["Hi"]}, "`from`, one of system, .* got 'Hi'"),
         (chat([{"type": "audio"}], "Yes."), "one of text, image, image_url, video, got {'type': 'audio'}"),
         (chat(["Hi"], "Yes."), "got 'Hi'"),
+        (chat({"text": "Hi"}, "Yes."), "`content` must be text or a list of parts, got {'text': 'Hi'}"),
+        (chat([{"type": "image", "base64": "?"}], "Yes."), "Cannot read the picture 0 bytes"),
         (conversation("<image><image>", "Yes.", image="a.png"), "1 images are given .* 2 places .*<image>"),
         (conversation("<image>", "Yes.", images=["a.png", "b.png"]), "2 images are given .* 1 places"),
         (conversation("Hi", "Yes.", image="a.png"), "1 images are given .* 0 places"),
@@ -465,8 +467,14 @@ def test_readers_share_each_pass(total, num_shards, passes, seed):
         assert sorted(drawn[number * total : (number + 1) * total]) == list(range(total))
 
 
-def test_order_changes_from_pass_to_pass():
-    drawn = [number for number, _ in islice(Source(list(range(50))).draw(0, 1, seed=0), 100)]
+@pytest.mark.parametrize("streamed", [False, True])
+def test_order_changes_from_pass_to_pass(streamed):
+    data = datasets.Dataset.from_list([{"number": number} for number in range(50)])
+    if streamed:
+        data = data.to_iterable_dataset(num_shards=2).shuffle(seed=0, buffer_size=20)
+    source = Source(data)
+    drawn = [source.fetch(*pair)["number"] for pair in islice(source.draw(0, 1, seed=0), 100)]
+    assert sorted(drawn[:50]) == sorted(drawn[50:]) == list(range(50))
     assert drawn[:50] != drawn[50:] != list(range(50)) != drawn[:50]
 
 
@@ -508,10 +516,12 @@ def test_too_few_shards_for_the_workers(processor):
         list(islice(loader, 8))
 
 
-def test_workers_count_together(processor):
+@pytest.mark.parametrize(("num_workers", "start"), [(2, "fork"), pytest.param(1, "spawn", marks=pytest.mark.slow)])
+def test_workers_count_together(processor, num_workers, start):
     stream = SampleStream([Source([*texts(3), chat("Hi")])], processor)
-    list(islice(DataLoader(stream, num_workers=2, batch_size=None), 30))
-    assert stream.num_skipped >= 9  # three or four per pass, of about ten passes
+    loader = DataLoader(stream, num_workers=num_workers, batch_size=None, multiprocessing_context=start)
+    assert len(list(islice(loader, 30))) == 30
+    assert stream.num_skipped >= 9  # one per pass, of ten passes
 
 
 # Packing

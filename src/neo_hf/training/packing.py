@@ -1,13 +1,12 @@
 """Packing: documents of unequal length into rows of equal length."""
 
 import logging
-import multiprocessing
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from torch.utils.data import IterableDataset
 
-from neo_hf.training.data import MAX_BAD_RECORDS, this_reader
+from neo_hf.training.data import MAX_BAD_RECORDS, shared_counter, this_reader
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ class PackedDataset(IterableDataset):
         self.max_length = max_length
         self.buffer_size = buffer_size
         self.drop_overlong = drop_overlong
-        self._dropped = multiprocessing.Value("q", 0)
+        self._dropped = shared_counter()
 
     @property
     def num_dropped(self) -> int:
