@@ -9,12 +9,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import skip_first_batches
 from conftest import GOLDEN, random_prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
@@ -27,9 +28,9 @@ from neo_hf.training import (
     SampleStream,
     Source,
     encode_record,
+    fill_rows,
     load_samples,
 )
-from neo_hf.training.packing import fill_rows
 
 # Ids of the real vocabulary.
 BEGIN, END, NEWLINE, USER, ASSISTANT = 151644, 151645, 198, 872, 77091
@@ -126,6 +127,13 @@ def test_header_and_answer_are_tokenised_apart(processor, tokenizer):
     # The prompt is that of inference.
     prompt = processor.apply_chat_template(chat("Hi")["messages"], add_generation_prompt=True, tokenize=True)
     assert ids[:begin] == prompt[0]
+
+
+def test_pictures_are_not_learnt(processor):
+    """Also not those in an answer."""
+    sample = encode_record(chat("Hi", "<image>\nHi", images=[noise()]), processor)
+    picture = [IMG, *[-100] * 6, IMG_END]
+    assert sample["labels"].tolist() == [-100] * 9 + [*picture, NEWLINE, HI, END, NEWLINE]
 
 
 def test_labels_agree_with_transformers(processor, folder, clips):
@@ -229,6 +237,7 @@ def test_other_vocabulary_and_patches():
     words = ["<unk>", "<s>", "<|im_start|>", "<|im_end|>", "user", "assistant", "red", "what", "\n"]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\w+"), "removed", invert=True)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     add_neo_tokens(tokenizer)
@@ -507,6 +516,15 @@ class Reiterable:
 
     def __iter__(self):
         return iter(self.records)
+
+
+def test_resumes_by_skipping_batches(processor):
+    sources = [Source(texts(5), weight=2), Source(Reiterable(texts(3)))]
+    rows = PackedDataset(SampleStream(sources, processor), max_length=50, buffer_size=4)
+    loader = DataLoader(rows, batch_size=2, collate_fn=PackedCollator(0, max_length=50))
+    uninterrupted = [batch["sample_names"] for batch in islice(loader, 6)]
+    resumed = [batch["sample_names"] for batch in islice(skip_first_batches(loader, 3), 3)]
+    assert resumed == uninterrupted[3:]
 
 
 def test_too_few_shards_for_the_workers(processor):

@@ -2,7 +2,7 @@
 
 from neo_hf.training.collators import PackedCollator, PaddedCollator
 from neo_hf.training.data import SampleStream, Source, encode_record, load_samples
-from neo_hf.training.packing import PackedDataset
+from neo_hf.training.packing import PackedDataset, fill_rows
 from neo_hf.training.stages import prepare_for_stage
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "SampleStream",
     "Source",
     "encode_record",
+    "fill_rows",
     "load_samples",
     "prepare_for_stage",
 ]
