@@ -261,8 +261,8 @@ def encode_record(
     segments = [text[start:end] for start, end in pairwise(cuts)]  # every second one is learnt
     images_kwargs = {**(images_kwargs or {})}
     if images_kwargs.pop("share_pixel_budget", True):
-        limits = {name: getattr(processor.image_processor, name) for name in ("max_pixels", "min_pixels")}
-        limits |= {name: value for name, value in images_kwargs.items() if name in limits}
+        limits = {key: getattr(processor.image_processor, key) for key in ("max_pixels", "min_pixels")}
+        limits |= {key: value for key, value in images_kwargs.items() if key in limits}
         images_kwargs["max_pixels"] = shared_budget(**limits, count=len(media["image"]))
     kwargs: dict = {
         "images_kwargs": {**images_kwargs, "share_pixel_budget": False},  # it would be shared within a segment
