@@ -604,6 +604,7 @@ def test_packing_refuses(caplog):
         list(PackedDataset(documents([3, 11]), max_length=10, drop_overlong=False))
     with pytest.raises(ValueError, match="The first 1000 samples were all too long"):
         list(PackedDataset(documents([11] * 1000), max_length=10))
+    assert names(PackedDataset(documents([3, *[11] * 1000]), max_length=10)) == [[0]]
     assert "Dropped: 0 has 11 tokens" in caplog.text
     with pytest.raises(ValueError, match="got max_length=0, buffer_size=64"):
         PackedDataset([], max_length=0)
