@@ -9,12 +9,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import skip_first_batches
 from conftest import GOLDEN, random_prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
@@ -27,9 +28,9 @@ from neo_hf.training import (
     SampleStream,
     Source,
     encode_record,
+    fill_rows,
     load_samples,
 )
-from neo_hf.training.packing import fill_rows
 
 # Ids of the real vocabulary.
 BEGIN, END, NEWLINE, USER, ASSISTANT = 151644, 151645, 198, 872, 77091
@@ -126,6 +127,13 @@ def test_header_and_answer_are_tokenised_apart(processor, tokenizer):
     # The prompt is that of inference.
     prompt = processor.apply_chat_template(chat("Hi")["messages"], add_generation_prompt=True, tokenize=True)
     assert ids[:begin] == prompt[0]
+
+
+def test_pictures_are_not_learnt(processor):
+    """Also not those in an answer."""
+    sample = encode_record(chat("Hi", "<image>\nHi", images=[noise()]), processor)
+    picture = [IMG, *[-100] * 6, IMG_END]
+    assert sample["labels"].tolist() == [-100] * 9 + [*picture, NEWLINE, HI, END, NEWLINE]
 
 
 def test_labels_agree_with_transformers(processor, folder, clips):
@@ -229,6 +237,7 @@ def test_other_vocabulary_and_patches():
     words = ["<unk>", "<s>", "<|im_start|>", "<|im_end|>", "user", "assistant", "red", "what", "\n"]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\w+"), "removed", invert=True)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     add_neo_tokens(tokenizer)
@@ -254,6 +263,8 @@ def test_other_vocabulary_and_patches():
         ({"conversations": ["Hi"]}, "`from`, one of system, .* got 'Hi'"),
         (chat([{"type": "audio"}], "Yes."), "one of text, image, image_url, video, got {'type': 'audio'}"),
         (chat(["Hi"], "Yes."), "got 'Hi'"),
+        (chat({"text": "Hi"}, "Yes."), "`content` must be text or a list of parts, got {'text': 'Hi'}"),
+        (chat([{"type": "image", "base64": "?"}], "Yes."), "Cannot read the picture 0 bytes"),
         (conversation("<image><image>", "Yes.", image="a.png"), "1 images are given .* 2 places .*<image>"),
         (conversation("<image>", "Yes.", images=["a.png", "b.png"]), "2 images are given .* 1 places"),
         (conversation("Hi", "Yes.", image="a.png"), "1 images are given .* 0 places"),
@@ -465,8 +476,14 @@ def test_readers_share_each_pass(total, num_shards, passes, seed):
         assert sorted(drawn[number * total : (number + 1) * total]) == list(range(total))
 
 
-def test_order_changes_from_pass_to_pass():
-    drawn = [number for number, _ in islice(Source(list(range(50))).draw(0, 1, seed=0), 100)]
+@pytest.mark.parametrize("streamed", [False, True])
+def test_order_changes_from_pass_to_pass(streamed):
+    data = datasets.Dataset.from_list([{"number": number} for number in range(50)])
+    if streamed:
+        data = data.to_iterable_dataset(num_shards=2).shuffle(seed=0, buffer_size=20)
+    source = Source(data)
+    drawn = [source.fetch(*pair)["number"] for pair in islice(source.draw(0, 1, seed=0), 100)]
+    assert sorted(drawn[:50]) == sorted(drawn[50:]) == list(range(50))
     assert drawn[:50] != drawn[50:] != list(range(50)) != drawn[:50]
 
 
@@ -501,6 +518,15 @@ class Reiterable:
         return iter(self.records)
 
 
+def test_resumes_by_skipping_batches(processor):
+    sources = [Source(texts(5), weight=2), Source(Reiterable(texts(3)))]
+    rows = PackedDataset(SampleStream(sources, processor), max_length=50, buffer_size=4)
+    loader = DataLoader(rows, batch_size=2, collate_fn=PackedCollator(0, max_length=50))
+    uninterrupted = [batch["sample_names"] for batch in islice(loader, 6)]
+    resumed = [batch["sample_names"] for batch in islice(skip_first_batches(loader, 3), 3)]
+    assert resumed == uninterrupted[3:]
+
+
 def test_too_few_shards_for_the_workers(processor):
     data = datasets.Dataset.from_list(texts(8)).to_iterable_dataset(num_shards=1)
     loader = DataLoader(SampleStream([Source(data)], processor), num_workers=2, batch_size=None)
@@ -508,10 +534,12 @@ def test_too_few_shards_for_the_workers(processor):
         list(islice(loader, 8))
 
 
-def test_workers_count_together(processor):
+@pytest.mark.parametrize(("num_workers", "start"), [(2, "fork"), pytest.param(1, "spawn", marks=pytest.mark.slow)])
+def test_workers_count_together(processor, num_workers, start):
     stream = SampleStream([Source([*texts(3), chat("Hi")])], processor)
-    list(islice(DataLoader(stream, num_workers=2, batch_size=None), 30))
-    assert stream.num_skipped >= 9  # three or four per pass, of about ten passes
+    loader = DataLoader(stream, num_workers=num_workers, batch_size=None, multiprocessing_context=start)
+    assert len(list(islice(loader, 30))) == 30
+    assert stream.num_skipped >= 9  # one per pass, of ten passes
 
 
 # Packing
@@ -576,6 +604,7 @@ def test_packing_refuses(caplog):
         list(PackedDataset(documents([3, 11]), max_length=10, drop_overlong=False))
     with pytest.raises(ValueError, match="The first 1000 samples were all too long"):
         list(PackedDataset(documents([11] * 1000), max_length=10))
+    assert names(PackedDataset(documents([3, *[11] * 1000]), max_length=10)) == [[0]]
     assert "Dropped: 0 has 11 tokens" in caplog.text
     with pytest.raises(ValueError, match="got max_length=0, buffer_size=64"):
         PackedDataset([], max_length=0)

@@ -162,9 +162,7 @@ class Source:
         return self.records[number] if self.is_map_style else record
 
     def _share(self, shard: int, num_shards: int, epoch: int) -> Iterator[tuple[int, Any]]:
-        if hasattr(self.records, "set_epoch"):
-            self.records.set_epoch(epoch)
-        if not (is_datasets_available() and isinstance(self.records, datasets.IterableDataset)):
+        if not is_streamed(self.records):
             return islice(enumerate(self.records), shard, None, num_shards)
         # Those share themselves out among the workers of a DataLoader, by whole files.
         worker = get_worker_info()
@@ -175,14 +173,18 @@ class Source:
                 f"{self.name} has {records.num_shards} shards, too few for the {num_workers} workers of a DataLoader: "
                 "use fewer workers, or split it (IterableDataset.reshard)."
             )
-        return enumerate(without_decoding(records))
+        records = without_decoding(records)
+        records.set_epoch(epoch)
+        return enumerate(records)
+
+
+def is_streamed(records) -> bool:
+    return is_datasets_available() and isinstance(records, datasets.IterableDataset)
 
 
 def without_decoding(records):
     """A streamed dataset that leaves its pictures encoded: one that is broken would end the stream."""
-    if is_datasets_available() and isinstance(records, datasets.IterableDataset) and records.features is not None:
-        return records.decode(False)
-    return records
+    return records.decode(False) if is_streamed(records) and records.features is not None else records
 
 
 def read_records(path: str | os.PathLike) -> Sequence:
@@ -259,8 +261,8 @@ def encode_record(
     segments = [text[start:end] for start, end in pairwise(cuts)]  # every second one is learnt
     images_kwargs = {**(images_kwargs or {})}
     if images_kwargs.pop("share_pixel_budget", True):
-        limits = {name: getattr(processor.image_processor, name) for name in ("max_pixels", "min_pixels")}
-        limits |= {name: value for name, value in images_kwargs.items() if name in limits}
+        limits = {key: getattr(processor.image_processor, key) for key in ("max_pixels", "min_pixels")}
+        limits |= {key: value for key, value in images_kwargs.items() if key in limits}
         images_kwargs["max_pixels"] = shared_budget(**limits, count=len(media["image"]))
     kwargs: dict = {
         "images_kwargs": {**images_kwargs, "share_pixel_budget": False},  # it would be shared within a segment
@@ -314,6 +316,8 @@ def _read_conversation(record: dict, root: str | os.PathLike | None) -> tuple[li
         if role is None:
             raise ValueError(f"A turn must have a `{role_key}`, one of {', '.join(ROLES)}, got {turn!r:.200}.")
         content = turn.get(content_key) or ""
+        if not isinstance(content, (str, list)):
+            raise ValueError(f"`{content_key}` must be text or a list of parts, got {content!r:.200}.")
         messages.append({"role": role, "content": _text(content) if isinstance(content, str) else list(content)})
 
     media = {}
@@ -429,6 +433,11 @@ def _encode_all(source: Source, records, processor: NeoProcessor, skip: Callable
         ) from error
 
 
+def shared_counter():
+    """A count to which the workers of a DataLoader, forked or spawned, can add."""
+    return multiprocessing.get_context("spawn").Value("q", 0)
+
+
 def this_reader() -> tuple[int, int]:
     """
     Which of how many readers this is: each worker of a DataLoader, in each process of a distributed run, is one.
@@ -466,7 +475,7 @@ class SampleStream(IterableDataset):
             raise ValueError("A stream needs at least one source, got none.")
         self.processor = processor
         self.seed = seed
-        self._skipped = multiprocessing.Value("q", 0)
+        self._skipped = shared_counter()
 
     @property
     def num_skipped(self) -> int:

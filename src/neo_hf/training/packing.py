@@ -1,21 +1,21 @@
 """Packing: documents of unequal length into rows of equal length."""
 
 import logging
-import multiprocessing
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from torch.utils.data import IterableDataset
 
-from neo_hf.training.data import MAX_BAD_RECORDS, this_reader
+from neo_hf.training.data import MAX_BAD_RECORDS, shared_counter, this_reader
 
 logger = logging.getLogger(__name__)
 
 
 def fill_rows(samples: Iterable[dict], max_length: int, buffer_size: int = 64) -> Iterator[list[dict]]:
     """
-    Samples in rows of at most `max_length` tokens. A row begins with the oldest sample in the buffer, so that none
-    waits for long, and goes on with whichever leaves the least room (best fit), the oldest of those that tie.
+    Samples in rows (lists) of at most `max_length` tokens, each sample once. A row begins with the oldest sample in
+    the buffer, so that none waits for long, and goes on with whichever leaves the least room (best fit), the oldest of
+    those that tie. A sample longer than a row gets one of its own, which `PackedCollator` refuses.
     """
     samples = iter(samples)
     buffer: list[dict] = []
@@ -61,7 +61,7 @@ class PackedDataset(IterableDataset):
         self.max_length = max_length
         self.buffer_size = buffer_size
         self.drop_overlong = drop_overlong
-        self._dropped = multiprocessing.Value("q", 0)
+        self._dropped = shared_counter()
 
     @property
     def num_dropped(self) -> int:
