@@ -88,14 +88,16 @@ def main():
     }
     share = {kind: real / sum(batch["input_ids"].numel() for batch in rows) for kind, rows in batches.items()}
     times: dict[str, list[float]] = {kind: [] for kind in batches}
-    for kind, rows in batches.items():
+    for rows in batches.values():  # warm up
         seconds(model, rows[:1])
     for _ in range(arguments.repeats):
         for kind, rows in batches.items():
             times[kind].append(seconds(model, rows))
     speed = {kind: real / statistics.median(values) for kind, values in times.items()}
     ideal = speed["padded"] / share["padded"]
-    print(f"{len(documents)} documents, {real:,} tokens, batches of at most {arguments.max_length} tokens, on {device}")
+    print(
+        f"{len(documents)} documents, {real:,} tokens, batches of at most {arguments.max_length} tokens, on {device}"
+    )
     for kind in batches:
         print(
             f"{kind}: {len(batches[kind])} batches, {share[kind]:.0%} of their tokens real, "

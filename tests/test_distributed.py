@@ -1,6 +1,7 @@
 """Two processes (gloo) learn what one does, step for step."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +12,22 @@ from distributed.train import main
 
 from neo_hf import NeoForConditionalGeneration
 
+ZERO3 = Path(__file__).parents[1] / "examples" / "accelerate" / "zero3.json"
+
 # Gradient checkpointing leaves DDP without a search for parameters that text alone does not reach.
 KINDS = {
     "ddp": {"gradient_checkpointing": True},
     "fsdp": {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}},
+    "zero3": {"deepspeed": json.loads(ZERO3.read_text()) | {"zero_allow_untested_optimizer": True}},
 }
 
 
 def torchrun(folder, arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29518"]
     command += [str(Path(__file__).parent / "distributed" / "train.py"), str(folder), json.dumps(arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"DS_ACCELERATOR": "cpu"}
+    )
     assert run.returncode == 0, run.stderr[-4000:]
 
 

@@ -747,7 +747,7 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
             )
 
         # A head that something else was put around or in place of (an adapter) gives logits only.
-        if skip_logits and isinstance(self.lm_head, NeoOutputHead):
+        if targets is not None and skip_logits and isinstance(self.lm_head, NeoOutputHead):
             if num_items_in_batch is None:
                 num_items_in_batch = weights.sum()
             kept = weights != 0

@@ -11,7 +11,7 @@ from test_training import SGD, collate, make_samples, training_arguments
 from torch.distributed.fsdp import FSDPModule
 
 from neo_hf.modeling_neo import NeoOutputHead
-from neo_hf.training import NeoTrainer
+from neo_hf.training import NeoTrainer, SampleStream, Source
 
 
 def main(folder, kwargs):
@@ -21,7 +21,8 @@ def main(folder, kwargs):
     if arguments.fsdp:
         # accelerate has FSDP on accelerators only; FSDP itself runs anywhere.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    trainer = NeoTrainer(model, arguments, data_collator=collate, train_dataset=make_samples(16))
+    samples = SampleStream([Source(make_samples(16))], processor=None)
+    trainer = NeoTrainer(model, arguments, data_collator=collate, train_dataset=samples)
     trainer.train()
     assert isinstance(trainer.model, FSDPModule) == bool(arguments.fsdp)
     trainer.save_model()

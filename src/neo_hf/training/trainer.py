@@ -37,11 +37,11 @@ class NeoTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         if not batch_samples or not all("loss_weight" in batch for batch in batch_samples):
             return super()._get_num_items_in_batch(batch_samples, device)
-        image_token_id = self.accelerator.unwrap_model(self.model).config.image_token_id
+        model = self.accelerator.unwrap_model(self.model)
         weight = sum(
             next_token_targets(
                 batch["labels"],
-                image_token_id=image_token_id,
+                image_token_id=model._image_token_id,
                 **{name: batch.get(name) for name in ("loss_weight", "attention_mask", "document_ids")},
             )[1].sum()
             for batch in batch_samples
