@@ -28,7 +28,7 @@ CAPTIONS = [
     "The yellow heart of a dahlia.",
     "Pink petals, sharply in focus.",
     "Blurred leaves behind the flower.",
-    "The lower edge of a blossom, half in shade.",
+    "Half in shade, the lower edge of a blossom.",
 ]
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch.distributed as dist
 from accelerate.state import DistributedType, PartialState
 from conftest import random_model, tiny_config
 from test_training import SGD, collate, make_samples, training_arguments
@@ -32,3 +33,4 @@ def main(folder, kwargs):
 
 if __name__ == "__main__":
     main(sys.argv[1], json.loads(sys.argv[2]))
+    dist.destroy_process_group()
