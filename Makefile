@@ -20,6 +20,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/prefill_decode.py
 	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/conversion.py
+	$(BIN)/python benchmarks/training.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

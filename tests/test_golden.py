@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from neo_hf import NeoImageProcessor
 from neo_hf.image_processing_neo import smart_resize
-from neo_hf.raw_checkpoint import RAW_TO_NEO
 
 PREPROCESS = GOLDEN / "preprocess"
 
@@ -48,26 +47,11 @@ def test_packed_training_row(golden_model):
     )
     assert torch.equal(position_ids[0, 0], train["t_indexes"])
 
-    golden_model.zero_grad()
-    logits = golden_model(**inputs, document_ids=document_ids).logits[0]
+    with torch.no_grad():
+        logits = golden_model(**inputs, document_ids=document_ids).logits[0]
     torch.testing.assert_close(logits, train["logits"], rtol=0, atol=1e-4)
     token_loss = F.cross_entropy(logits[:-1], train["labels"][0, 1:], reduction="none", ignore_index=-100)
     torch.testing.assert_close(token_loss, train["token_loss"], rtol=0, atol=1e-4)
-    weights = train["loss_weight"][0, 1:]
-    loss = (token_loss * weights).sum() / weights.sum()
-    torch.testing.assert_close(loss, train["loss"], rtol=0, atol=1e-5)
-
-    loss.backward()
-    compared = 0
-    for key, expected in train.items():
-        if key.startswith("grad."):
-            name = key.removeprefix("grad.")
-            for raw, neo in RAW_TO_NEO.items():
-                name = name.replace(raw, neo) if name.startswith(raw) else name
-            gradient = golden_model.get_parameter(name).grad
-            assert (gradient - expected).norm() <= 1e-3 * expected.norm(), name
-            compared += 1
-    assert compared == 19
 
 
 def test_smart_resize():

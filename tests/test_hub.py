@@ -15,6 +15,7 @@ CODE_FILES = {
     "generation_neo.py",
     "image_processing_neo.py",
     "indexing_neo.py",
+    "loss_neo.py",
     "masking_neo.py",
     "modeling_neo.py",
     "processing_neo.py",

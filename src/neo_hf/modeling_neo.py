@@ -18,6 +18,7 @@ K key/value heads, d head_dim; P patches and V visual tokens of N pictures.
 from .configuration_neo import NeoConfig, NeoTextConfig, NeoVisionConfig
 from .generation_neo import NeoGenerationMixin
 from .indexing_neo import allocate_position_ids, check_grid, place_in_grids
+from .loss_neo import next_token_targets, target_weights, weighted_cross_entropy
 from .masking_neo import attention_implementation, create_neo_mask
 
 import math
@@ -28,6 +29,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import find_packed_sequence_indices
@@ -509,6 +511,13 @@ class NeoModel(NeoPreTrainedModel):
             token_ids = self.get_token_ids(input_ids, inputs_embeds)
             image_hidden_states = torch.cat(tuple(image_features.pooler_output))
             inputs_embeds = self._fill_in(inputs_embeds, token_ids, image_hidden_states)
+        elif self.training and torch.is_grad_enabled():
+            # Text alone uses the patch embedding too, for nothing: processes gather its weights and average its
+            # gradients together, whatever each of them reads.
+            vision, merge = self.config.vision_config, self.config.vision_config.spatial_merge_size
+            blank = torch.zeros(merge**2, vision.num_channels * vision.patch_size**2, device=inputs_embeds.device)
+            _, blank_token = self.patch_embed(blank, torch.tensor([[merge, merge]]))
+            inputs_embeds = inputs_embeds + 0 * blank_token.to(inputs_embeds)
 
         if position_ids is not None and position_ids.ndim == 2:
             unmasked = attention_mask is None or bool((attention_mask == 1).all())
@@ -573,6 +582,37 @@ def check_token_ids(input_ids: torch.Tensor, vocab_size: int):
         )
 
 
+class NeoOutputHead(nn.Linear):
+    """Hidden states to logits, or straight to a loss: then only the logits of a few tokens exist at a time."""
+
+    # About 1.2 GB in float32 with 151,936 words, backward pass included.
+    chunk_tokens = 512
+
+    def forward(
+        self, hidden_states: torch.Tensor, loss_of: Callable[..., torch.Tensor] | None = None, *columns: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: (..., E), or (tokens, E) where there is a loss.
+            loss_of: called with the logits of some tokens and their part of `columns`, gives their part of the loss.
+                It is called again in the backward pass. All this is one call of this module, as FSDP and ZeRO gather
+                its weights for a call, and expect the same calls from all processes.
+            columns: (tokens, ...).
+
+        Returns:
+            Logits (..., vocabulary), or the loss, a scalar.
+        """
+        if loss_of is None:
+            return super().forward(hidden_states)
+
+        def chunk_loss(hidden_states: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
+            return loss_of(F.linear(hidden_states, self.weight), *columns)
+
+        # Without tokens there is one empty chunk, which has a gradient.
+        chunks = zip(*(column.split(self.chunk_tokens) for column in (hidden_states, *columns)), strict=True)
+        return torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+
 class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
     """NEO with its output head: reads text and pictures, writes text."""
 
@@ -582,7 +622,8 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
     def __init__(self, config: NeoConfig):
         super().__init__(config)
         self.model = NeoModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = NeoOutputHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.loss_function = weighted_cross_entropy
         self.template = "neo1_0"
         self.system_message = ""
         self.post_init()
@@ -640,19 +681,30 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        loss_weight: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        skip_logits: bool | None = None,
         **kwargs,
     ) -> NeoCausalLMOutputWithPast:
         """
         As `NeoModel.forward`, and:
 
         Args:
-            labels: (B, L) token ids to be predicted by the token before each, -100 where none is. `<IMG_CONTEXT>`
-                never counts.
+            labels: (B, L) token ids to be predicted by the token before each, -100 where none is. `<IMG_CONTEXT>`,
+                padding and the first token of a document never count. `shift_labels` in their place are taken as the
+                target of each token itself, as in transformers.
             logits_to_keep: compute logits of the last so many tokens only, 0 for all; or which, as an index tensor.
+            loss_weight: (B, L), the weight of predicting each token, aligned with the labels; 1 where not given.
+            num_items_in_batch: what to divide the loss by in place of the sum of weights of this batch.
+            skip_logits: return the loss alone, which needs a fraction of the memory.
 
         Returns:
-            `logits` (B, L, vocabulary) and, where there are labels, the mean cross entropy `loss`.
+            `logits` (B, L, vocabulary) and, where there are labels, `loss`: the mean cross entropy by weight, 0 where
+            no token counts.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
+        if use_cache is None and (labels is not None or shift_labels is not None):
+            use_cache = False  # a layer that is run again, to recompute activations, would fill it twice
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -666,16 +718,43 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            # No loss asks for pixels: who copies input_ids into labels need not know which token stands for them.
-            labels = labels.masked_fill(labels == self._image_token_id, -100)
-            if (shifted := kwargs.get("shift_labels")) is not None:
-                kwargs["shift_labels"] = shifted.masked_fill(shifted == self._image_token_id, -100)
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        targets = None
+        if shift_labels is not None:
+            shift_labels = shift_labels.to(hidden_states.device)
+            targets = shift_labels.masked_fill(shift_labels == self._image_token_id, -100)
+            weights = target_weights(targets, loss_weight)
+        elif labels is not None:
+            targets, weights = next_token_targets(
+                labels.to(hidden_states.device),
+                image_token_id=self._image_token_id,
+                loss_weight=loss_weight,
+                attention_mask=attention_mask,
+                document_ids=document_ids,
             )
+        if skip_logits and targets is None:
+            raise ValueError("skip_logits=True leaves nothing to compute without labels.")
+
+        def loss_of(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            return self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=targets,
+                loss_weight=weights,
+                **kwargs,
+            )
+
+        # A head that something else was put around or in place of (an adapter) gives logits only.
+        if targets is not None and skip_logits and isinstance(self.lm_head, NeoOutputHead):
+            if num_items_in_batch is None:
+                num_items_in_batch = weights.sum()
+            kept = weights != 0
+            logits, loss = None, self.lm_head(hidden_states[kept], loss_of, targets[kept], weights[kept])
+        else:
+            logits = self.lm_head(hidden_states)
+            loss = None if targets is None else loss_of(logits, targets, weights)
         return NeoCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -1,4 +1,4 @@
-"""The three stages of training (NEO paper, section 3.3): what each of them trains."""
+"""The three stages of training (NEO paper, section 3.2): what each of them trains."""
 
 import logging
 
@@ -31,13 +31,14 @@ def prepare_for_stage(model: NeoForConditionalGeneration, stage: str) -> dict[st
     """
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {STAGES}, got {stage!r}.")
-    model.requires_grad_(stage != "pretrain")
     if stage == "pretrain":
-        model.model.patch_embed.requires_grad_(True)
-        model.pre_buffer.requires_grad_(True)
-        for layer in model.post_llm:
-            for name in SPATIAL_ATTENTION:
-                getattr(layer.self_attn, name).requires_grad_(True)
+        trained_modules = [model.model.patch_embed, model.pre_buffer]
+        trained_modules += [getattr(layer.self_attn, name) for layer in model.post_llm for name in SPATIAL_ATTENTION]
+    else:
+        trained_modules = [model]
+    model.requires_grad_(False)
+    for module in trained_modules:
+        module.requires_grad_(True)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     count, total = (sum(p.numel() for p in parameters) for parameters in (trained.values(), model.parameters()))
     logger.info(

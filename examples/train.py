@@ -1,0 +1,148 @@
+"""
+Train NEO: any stage, or fine-tuning.
+
+    python examples/train.py examples/recipes/2b-sft.yaml --model NEO-2B --train_data chats.jsonl --output_dir out
+
+A recipe comes first and gives defaults; options follow. Run again, it goes on from the last checkpoint in output_dir.
+`torchrun` and `accelerate launch` run it on many GPUs; docs/training.md says how.
+"""
+
+import json
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+
+from neo_hf import NeoConfig, NeoForConditionalGeneration
+from neo_hf.loading import load_model_and_processor, load_processor
+from neo_hf.training import (
+    NeoTrainer,
+    PackedCollator,
+    PackedDataset,
+    PaddedCollator,
+    SampledAnswers,
+    SampleStream,
+    Source,
+    fill_rows,
+    load_samples,
+    prepare_for_stage,
+)
+
+
+@dataclass
+class ModelArguments:
+    model: str = field(metadata={"help": "Hub id, or a folder: Hub format, raw, or of `neo-hf init`."})
+    stage: str = field(default="sft", metadata={"help": "pretrain, midtrain or sft: what is trained."})
+    random_weights: bool = field(default=False, metadata={"help": "Take only configuration and processor of `model`."})
+    dtype: str = field(default="float32", metadata={"help": "Of the weights; computing in bfloat16 is --bf16."})
+    attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa or flex_attention."})
+    min_pixels: int | None = field(default=None, metadata={"help": "Pixel budget of a picture; saved with the model."})
+    max_pixels: int | None = field(default=None, metadata={"help": "Likewise."})
+
+
+@dataclass
+class DataArguments:
+    train_data: list[str] = field(metadata={"help": ".json and .jsonl files, or Hub ids of datasets, streamed."})
+    train_weights: list[float] | None = field(default=None, metadata={"help": "How often each is drawn from; equal."})
+    eval_data: list[str] = field(default_factory=list, metadata={"help": ".json and .jsonl files."})
+    data_root: str | None = field(default=None, metadata={"help": "Folder of relative paths of pictures and videos."})
+    max_length: int | None = field(default=None, metadata={"help": "Pack rows of so many tokens; pad if not given."})
+    loss_weighting: str = field(default="square", metadata={"help": "token, square or sample."})
+    num_answers: int = field(default=4, metadata={"help": "Answers written to output_dir/answers per evaluation."})
+
+
+def parse_arguments(argv: list[str]):
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        recipe = yaml.safe_load(Path(argv[0]).read_text())
+        options = []
+        for name, value in recipe.items():
+            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            options += [f"--{name}", *map(str, values)]
+        argv = options + argv[1:]
+    return HfArgumentParser((ModelArguments, DataArguments, TrainingArguments)).parse_args_into_dataclasses(argv)
+
+
+def load(arguments: ModelArguments):
+    options = {"dtype": arguments.dtype, "attn_implementation": arguments.attn_implementation}
+    if arguments.random_weights:
+        processor = load_processor(arguments.model)
+        config = NeoConfig.from_pretrained(arguments.model)
+        model = NeoForConditionalGeneration._from_config(config, **options)
+    else:
+        model, processor = load_model_and_processor(arguments.model, **options)
+    for name in ("min_pixels", "max_pixels"):
+        if (value := getattr(arguments, name)) is not None:
+            setattr(processor.image_processor, name, value)
+    return model, processor
+
+
+def sources(files: list[str], root: str | None, weights: list[float] | None = None) -> list[Source]:
+    weights = weights or [1.0] * len(files)
+    if len(weights) != len(files):
+        raise ValueError(f"train_weights must be one per source, got {len(weights)} for {len(files)} sources.")
+    return [
+        Source(read(file), root=root, weight=weight, name=file) for file, weight in zip(files, weights, strict=True)
+    ]
+
+
+def read(name: str):
+    if name.endswith((".json", ".jsonl")):
+        return name
+    import datasets
+
+    return datasets.load_dataset(name, split="train", streaming=True)
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """The last checkpoint that was written to its end: its state, the last file of all, can be read."""
+    states = Path(folder).glob("checkpoint-*/trainer_state.json")
+    for path in sorted(states, key=lambda path: int(path.parent.name.split("-")[-1]), reverse=True):
+        try:
+            json.loads(path.read_text())
+            return str(path.parent)
+        except ValueError:
+            continue
+    return None
+
+
+def main():
+    model_args, data_args, training_args = parse_arguments(sys.argv[1:])
+    logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
+    training_args.remove_unused_columns = False  # Columns are the collator's, not the model's.
+    set_seed(training_args.seed)
+
+    train_sources = sources(data_args.train_data, data_args.data_root, data_args.train_weights)
+    eval_sources = sources(data_args.eval_data, data_args.data_root)
+    model, processor = load(model_args)
+    prepare_for_stage(model, model_args.stage)
+
+    train_data = SampleStream(train_sources, processor, seed=training_args.seed)
+    eval_data = eval_samples = load_samples(eval_sources, processor)
+    pad, weighting = processor.tokenizer.pad_token_id, data_args.loss_weighting
+    if data_args.max_length is None:
+        collator = PaddedCollator(pad, weighting)
+    else:
+        if too_long := [sample["name"] for sample in eval_samples if len(sample["input_ids"]) > data_args.max_length]:
+            raise ValueError(f"eval_data holds samples of more than {data_args.max_length} tokens: {too_long}.")
+        train_data = PackedDataset(train_data, data_args.max_length)
+        eval_data = list(fill_rows(eval_samples, data_args.max_length))
+        collator = PackedCollator(pad, data_args.max_length, weighting)
+
+    trainer = NeoTrainer(
+        model,
+        training_args,
+        data_collator=collator,
+        train_dataset=train_data,
+        eval_dataset=eval_data or None,
+        processing_class=processor,
+        callbacks=[SampledAnswers(eval_samples[: data_args.num_answers], processor)],
+    )
+    trainer.train(training_args.resume_from_checkpoint or last_checkpoint(training_args.output_dir))
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The training loss: weighted cross entropy of the next token, where that is text of the same document.
+
+Pure functions. Shapes: B rows, L tokens, E hidden size. Weights and normalisation as in training the released models
+("token", "square", "sample": which weights a token gets is the collator's business).
+"""
+
+from .configuration_neo import NeoConfig  # noqa: F401  (imported first: it refuses an unsupported transformers)
+from .indexing_neo import document_starts
+
+import torch
+from torch.nn import functional as F
+
+IGNORE_INDEX = -100
+
+
+def next_token_targets(
+    labels: torch.Tensor,
+    *,
+    image_token_id: int,
+    loss_weight: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    What each token is to predict. Pixels, padding and the first tokens of documents are predicted by nobody.
+
+    Args:
+        labels: (B, L) token ids, -100 where a token is not to be predicted.
+        image_token_id: id of `<IMG_CONTEXT>`.
+        loss_weight: (B, L), the weight of predicting each token, aligned with `labels`; 1 where not given.
+        attention_mask: (B, S), 0 on padding, cached tokens included. One of another rank says nothing of padding.
+        document_ids: (B, L), equal on the tokens of one document of a packed row.
+
+    Returns:
+        Targets (B, L) int64, the token after each or -100, and their weights (B, L) float32, 0 there.
+
+    Raises:
+        ValueError: `loss_weight` has another shape than `labels`.
+    """
+    if loss_weight is not None and loss_weight.shape != labels.shape:
+        raise ValueError(
+            f"loss_weight must have the shape of labels {tuple(labels.shape)}, got {tuple(loss_weight.shape)}."
+        )
+    ignored = labels == image_token_id
+    if attention_mask is not None and attention_mask.ndim == 2:
+        ignored = ignored | (attention_mask[:, -labels.shape[1] :] == 0)
+    if document_ids is not None:
+        ignored = ignored | document_starts(document_ids)
+    targets = F.pad(labels.masked_fill(ignored, IGNORE_INDEX)[:, 1:], (0, 1), value=IGNORE_INDEX)
+    return targets, target_weights(targets, None if loss_weight is None else F.pad(loss_weight[:, 1:], (0, 1)))
+
+
+def target_weights(targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """`weights` of `targets` (both (B, L)) as float32, 1 where not given, 0 where the target is -100."""
+    counted = targets != IGNORE_INDEX
+    return counted.float() if weights is None else weights.float().masked_fill(~counted, 0)
+
+
+def weighted_cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    shift_labels: torch.Tensor | None = None,
+    loss_weight: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """
+    sum(weight * cross entropy) / sum(weight), in float32; called as the losses of transformers are.
+
+    Args:
+        logits: (..., vocabulary).
+        labels: (..., L), to be shifted by one, where there are no `shift_labels`.
+        num_items_in_batch: divide by this in place of this batch's own sum of weights: the sum over all batches and
+            processes of a step, so that each token counts alike in whichever of them it is.
+        shift_labels: (...,) the target of each position, -100 where there is none.
+        loss_weight: (...,) aligned with `shift_labels`; 1 where not given.
+
+    Returns:
+        Scalar; 0, with a gradient of 0, where no token has a target.
+    """
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+    shift_labels = shift_labels.to(logits.device)
+    token_loss = F.cross_entropy(
+        logits.reshape(-1, vocab_size).float(), shift_labels.flatten(), reduction="none", ignore_index=IGNORE_INDEX
+    )
+    weights = target_weights(shift_labels, loss_weight).to(logits.device).flatten()
+    total = weights.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).to(logits.device)
+    return (token_loss * weights).sum() / torch.where(total > 0, total, 1)
+
+
+__all__ = ["weighted_cross_entropy"]

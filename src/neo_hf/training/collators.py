@@ -1,0 +1,114 @@
+"""Batches of samples, padded or packed, as `NeoForConditionalGeneration.forward` takes them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from neo_hf.training.data import IGNORED
+
+# What predicting a token counts, by the number of tokens that are learnt in its document.
+LOSS_WEIGHTINGS = {"token": lambda count: 1.0, "square": lambda count: count**-0.5, "sample": lambda count: 1 / count}
+
+
+@dataclass
+class PaddedCollator:
+    """
+    Samples to a batch of one sample per row, padded on the right to the longest.
+
+    Args:
+        pad_token_id: any token of the vocabulary.
+        loss_weighting: "token": each token that is learnt counts 1; "square": 1/sqrt(n), where n of its sample are
+            learnt; "sample": 1/n.
+
+    Returns of a call:
+        `input_ids`, `attention_mask` and `labels` (B, L) int64; `loss_weight` (B, L) float32, the weight of predicting
+        this token, 0 on what is ignored; with pictures, `pixel_values` (P, 3 * patch_size^2) float32 and
+        `image_grid_hw` (N, 2) int64; `sample_names`, a list, where all samples have names.
+
+    Raises:
+        ValueError: another loss_weighting.
+    """
+
+    pad_token_id: int
+    loss_weighting: str = "square"
+
+    def __post_init__(self):
+        check_loss_weighting(self.loss_weighting)
+
+    def __call__(self, samples: list[dict]) -> dict:
+        length = max(len(sample["input_ids"]) for sample in samples)
+        batch = join_rows([[sample] for sample in samples], length, self.pad_token_id, self.loss_weighting)
+        batch["attention_mask"] = (batch.pop("document_ids") == 0).long()
+        return batch
+
+
+@dataclass
+class PackedCollator:
+    """
+    Rows of a `PackedDataset` to a batch. All batches have rows of `max_length` tokens, the rest being padding.
+
+    Args:
+        pad_token_id, loss_weighting: as of `PaddedCollator`.
+        max_length: of a row in tokens.
+
+    Returns of a call:
+        as of `PaddedCollator`, with `document_ids` (B, L) int64 in place of the attention mask: 0, 1, ... in each row;
+        padding is a document of its own.
+
+    Raises:
+        ValueError: another loss_weighting; in a call, a row is too long or no list of samples.
+    """
+
+    pad_token_id: int
+    max_length: int
+    loss_weighting: str = "square"
+
+    def __post_init__(self):
+        check_loss_weighting(self.loss_weighting)
+
+    def __call__(self, rows: list[list[dict]]) -> dict:
+        for row in rows:
+            if not isinstance(row, list):
+                raise ValueError(f"A row must be a list of samples, as PackedDataset gives it, got {type(row)}.")
+            if (length := sum(len(sample["input_ids"]) for sample in row)) > self.max_length:
+                names = [sample.get("name") for sample in row]
+                raise ValueError(f"A row must have at most {self.max_length} tokens, got {length} of {names}.")
+        return join_rows(rows, self.max_length, self.pad_token_id, self.loss_weighting)
+
+
+def check_loss_weighting(loss_weighting: str):
+    if loss_weighting not in LOSS_WEIGHTINGS:
+        raise ValueError(f"loss_weighting must be one of {', '.join(LOSS_WEIGHTINGS)}, got {loss_weighting!r}.")
+
+
+def join_rows(rows: list[list[dict]], length: int, pad_token_id: int, loss_weighting: str) -> dict:
+    """A batch of rows of documents, padded on the right to `length` tokens."""
+    shape = (len(rows), length)
+    batch: dict = {
+        "input_ids": torch.full(shape, pad_token_id),
+        "labels": torch.full(shape, IGNORED),
+        "loss_weight": torch.zeros(shape),
+        "document_ids": torch.zeros(shape, dtype=torch.long),
+    }
+    for number, row in enumerate(rows):
+        end = 0
+        for document, sample in enumerate(row):
+            place = (number, slice(end, end + len(sample["input_ids"])))
+            labels = sample["labels"].clone()
+            labels[:1] = IGNORED  # what stands before it is of another document
+            learnt = labels != IGNORED
+            batch["input_ids"][place] = sample["input_ids"]
+            batch["labels"][place] = labels
+            batch["document_ids"][place] = document
+            if learnt.any():
+                batch["loss_weight"][place] = learnt * LOSS_WEIGHTINGS[loss_weighting](int(learnt.sum()))
+            end += len(labels)
+        batch["document_ids"][number, end:] = len(row)
+    samples = [sample for row in rows for sample in row]
+    pictures = [sample for sample in samples if "pixel_values" in sample]
+    if pictures:
+        for key in ("pixel_values", "image_grid_hw"):
+            batch[key] = torch.cat([sample[key] for sample in pictures])
+    if all("name" in sample for sample in samples):
+        batch["sample_names"] = [sample["name"] for sample in samples]
+    return batch

@@ -1,0 +1,93 @@
+"""Packing: documents of unequal length into rows of equal length."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from torch.utils.data import IterableDataset
+
+from neo_hf.training.data import MAX_BAD_RECORDS, shared_counter, this_reader
+
+logger = logging.getLogger(__name__)
+
+
+def fill_rows(samples: Iterable[dict], max_length: int, buffer_size: int = 64) -> Iterator[list[dict]]:
+    """
+    Samples in rows (lists) of at most `max_length` tokens, each sample once. A row begins with the oldest sample in
+    the buffer, so that none waits for long, and goes on with whichever leaves the least room (best fit), the oldest of
+    those that tie. A sample longer than a row gets one of its own, which `PackedCollator` refuses.
+    """
+    samples = iter(samples)
+    buffer: list[dict] = []
+    while True:
+        buffer += islice(samples, buffer_size - len(buffer))
+        if not buffer:
+            return
+        row: list[dict] = []
+        room = max_length
+        choice: int | None = 0
+        while choice is not None:
+            row.append(buffer.pop(choice))
+            room -= len(row[-1]["input_ids"])
+            lengths = [len(sample["input_ids"]) for sample in buffer]
+            fitting = (number for number, length in enumerate(lengths) if length <= room)
+            choice = max(fitting, key=lengths.__getitem__, default=None)
+        yield row
+
+
+class PackedDataset(IterableDataset):
+    """
+    Rows (lists) of whole samples, at most `max_length` tokens long, for `PackedCollator`. Each sample comes once.
+
+    Args:
+        samples: a `SampleStream`; or any other data set of samples, read once and in order, shared out among processes
+            and workers. Their numbers of rows differ then: for distributed training make it a source of a stream.
+        max_length: of a row in tokens.
+        buffer_size: samples to choose from. They are in memory with their pictures, for each worker.
+        drop_overlong: leave out samples longer than a row, logged and counted. Otherwise they are an error. No sample
+            is ever cut.
+
+    Raises:
+        ValueError: a setting is out of range; while reading, a sample is too long and `drop_overlong` is off, or the
+            first 1000 samples all are.
+    """
+
+    def __init__(self, samples: Iterable[dict], max_length: int, buffer_size: int = 64, drop_overlong: bool = True):
+        if max_length < 1 or buffer_size < 1:
+            raise ValueError(
+                f"max_length and buffer_size must be positive, got max_length={max_length}, buffer_size={buffer_size}."
+            )
+        self.samples = samples
+        self.max_length = max_length
+        self.buffer_size = buffer_size
+        self.drop_overlong = drop_overlong
+        self._dropped = shared_counter()
+
+    @property
+    def num_dropped(self) -> int:
+        """How often a sample was left out as too long in this process and its workers."""
+        return self._dropped.value
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        samples = self.samples
+        if not isinstance(samples, IterableDataset):
+            shard, num_shards = this_reader()
+            samples = islice(samples, shard, None, num_shards)
+        return fill_rows(self._fitting(samples), self.max_length, self.buffer_size)
+
+    def _fitting(self, samples: Iterable[dict]) -> Iterator[dict]:
+        num_dropped, found = 0, False
+        for sample in samples:
+            if (length := len(sample["input_ids"])) <= self.max_length:
+                found = True
+                yield sample
+                continue
+            message = f"{sample.get('name', 'A sample')} has {length} tokens, more than a row of {self.max_length}"
+            if not self.drop_overlong:
+                raise ValueError(f"{message}. Raise max_length, lower the pixel budget, or drop such samples.")
+            logger.warning("Dropped: %s.", message)
+            with self._dropped.get_lock():
+                self._dropped.value += 1
+            num_dropped += 1
+            if not found and num_dropped == MAX_BAD_RECORDS:
+                raise ValueError(f"The first {num_dropped} samples were all too long, the last one: {message}.")

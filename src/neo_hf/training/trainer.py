@@ -1,0 +1,69 @@
+"""The Trainer of transformers, for batches whose tokens have weights."""
+
+import torch
+from accelerate.data_loader import IterableDatasetShard
+from transformers import Trainer
+
+from neo_hf.loss_neo import next_token_targets
+from neo_hf.training.data import SampleStream
+from neo_hf.training.packing import PackedDataset
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is not a number; the message names the samples that it came from."""
+
+
+class NeoTrainer(Trainer):
+    """
+    `transformers.Trainer`, and:
+
+    - Losses are divided by the sum of `loss_weight` over all batches and processes of a step, as the Trainer divides
+      by the number of tokens: accumulating gradients and adding processes do not change what is learned.
+    - A `SampleStream` or `PackedDataset` is taken as it is: it gives each process its own share.
+    - The model computes no logits where nobody reads them.
+    - Training stops with a `NonFiniteLossError` that quotes `sample_names` before the weights take harm.
+    """
+
+    def get_train_dataloader(self):
+        # A stream gives each process its own share: nobody reads for the others, or shares it out once more.
+        self.accelerator.dataloader_config.dispatch_batches = False
+        loader = super().get_train_dataloader()
+        if isinstance(loader.dataset, IterableDatasetShard) and isinstance(
+            self.train_dataset, (SampleStream, PackedDataset)
+        ):
+            loader.dataset.num_processes, loader.dataset.process_index = 1, 0
+        return loader
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        if not batch_samples or not all("loss_weight" in batch for batch in batch_samples):
+            return super()._get_num_items_in_batch(batch_samples, device)
+        model = self.accelerator.unwrap_model(self.model)
+        weight = sum(
+            next_token_targets(
+                batch["labels"],
+                image_token_id=model._image_token_id,
+                **{name: batch.get(name) for name in ("loss_weight", "attention_mask", "document_ids")},
+            )[1].sum()
+            for batch in batch_samples
+        )
+        weight = torch.as_tensor(weight, dtype=torch.float32, device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            weight = self.accelerator.gather(weight).sum() / self.get_tp_size()  # which see the same batch
+        return weight
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        names = inputs.pop("sample_names", None)
+        inputs.setdefault("skip_logits", model.training)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training and not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"The loss of step {self.state.global_step + 1} is {loss.item()}, from the samples "
+                f"{', '.join(names) if names else '(no names given)'}. No harm is done to what was saved in "
+                f"{self.args.output_dir}."
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        return super().prediction_step(
+            model, {**inputs, "skip_logits": prediction_loss_only}, prediction_loss_only, ignore_keys
+        )
