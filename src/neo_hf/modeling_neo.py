@@ -15,10 +15,12 @@ Shapes: B rows, L new tokens, S keys (cached ones included), E hidden size, D pa
 K key/value heads, d head_dim; P patches and V visual tokens of N pictures.
 """
 
+from .attention_neo import can_compile_kernels
+from .cache_neo import NeoCache
 from .configuration_neo import NeoConfig, NeoTextConfig, NeoVisionConfig
 from .generation_neo import NeoGenerationMixin
 from .indexing_neo import allocate_position_ids, check_grid, place_in_grids
-from .masking_neo import attention_implementation, create_neo_mask
+from .masking_neo import create_neo_mask
 
 import math
 from collections.abc import Callable
@@ -29,16 +31,18 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, eager_attention_forward
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
+
+logger = logging.get_logger(__name__)
 
 
 def inverse_frequencies(theta: float, channels: int, device: torch.device) -> torch.Tensor:
@@ -140,10 +144,13 @@ def rotary_tables(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn half-split pairs (i, i + n/2) of `x` (B, L, heads, n) by the angles of cos, sin (B, L, 1, n/2)."""
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Turn half-split pairs (i, i + n/2) of `x` (B, L, heads, n) by the angles of cos, sin (B, L, 1, n/2). Returns both
+    halves (B, L, heads, n/2).
+    """
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return first * cos - second * sin, second * cos + first * sin
 
 
 class NeoAttention(nn.Module):
@@ -194,7 +201,8 @@ class NeoAttention(nn.Module):
         def thw(t: torch.Tensor, hw: torch.Tensor, *norms: nn.Module) -> torch.Tensor:  # (B, heads, L, 2d)
             h, w = hw.unflatten(-1, (-1, d)).chunk(2, dim=-1)
             parts = zip((t.unflatten(-1, (-1, d)), h, w), norms, cos, sin, strict=True)
-            return torch.cat([apply_rotary(norm(x), c, s) for x, norm, c, s in parts], dim=-1).transpose(1, 2)
+            halves = [half for x, norm, c, s in parts for half in apply_rotary(norm(x), c, s)]
+            return torch.cat(halves, dim=-1).transpose(1, 2)
 
         query = thw(
             self.q_proj(hidden_states), self.q_proj_hw(hidden_states), self.q_norm, self.q_norm_h, self.q_norm_w
@@ -205,21 +213,21 @@ class NeoAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        implementation = attention_implementation(self.config, query.shape[2])
+        implementation = self.config._attn_implementation
+        if implementation == "sdpa" or (implementation == "flex_attention" and query.shape[2] == 1):
+            implementation = "neo"  # which attends by SDPA where the mask is a tensor
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        # SDPA's fast kernels want values as wide as keys; a single query is faster without the copy.
-        pad_value = implementation == "sdpa" and query.shape[2] > 1
         output, weights = attend(
             self,
             query,
             key,
-            F.pad(value, (0, d)) if pad_value else value,
+            value,
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
-        )  # (B, L, A, d or 2d)
-        return self.o_proj(output[..., :d].flatten(2)), weights
+        )  # (B, L, A, d)
+        return self.o_proj(output.flatten(2)), weights
 
 
 class NeoDecoderLayer(GradientCheckpointingLayer):
@@ -249,6 +257,19 @@ class NeoPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": NeoDecoderLayer, "attentions": NeoAttention}
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """"neo" where none is asked for; SDPA in place of a FlexAttention that cannot be compiled here."""
+        if requested_attention is None:
+            return "neo"
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        if requested_attention == "flex_attention" and not can_compile_kernels(device_type):
+            logger.warning_once(
+                "attn_implementation='flex_attention' needs a C++ compiler, on CUDA also Triton and a C compiler, which "
+                "were not found: attention goes by SDPA."
+            )
+            requested_attention = "sdpa"
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     def _init_weights(self, module: nn.Module):
         if isinstance(module, NeoPatchProjection):  # PyTorch's own default for Conv2d
@@ -321,7 +342,7 @@ class NeoTextModel(NeoPreTrainedModel):
         if document_ids is not None:
             use_cache = False  # a packed row is never continued
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = NeoCache(self.config)
         mask = create_neo_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids, document_ids)
         position_embeddings = rotary_tables(
             position_ids, self.config.head_dim, self.config.rope_parameters, inputs_embeds.dtype
