@@ -228,5 +228,6 @@ def neo_attention_forward(
     return output[..., :width], None
 
 
+# Makes "neo" a known name. The model calls the function itself: another copy of this file may be registered by now.
 ALL_ATTENTION_FUNCTIONS.register("neo", neo_attention_forward)
 ALL_MASK_ATTENTION_FUNCTIONS.register("neo", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])  # where there is but a dense mask

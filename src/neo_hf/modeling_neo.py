@@ -15,7 +15,7 @@ Shapes: B rows, L new tokens, S keys (cached ones included), E hidden size, D pa
 K key/value heads, d head_dim; P patches and V visual tokens of N pictures.
 """
 
-from .attention_neo import can_compile_kernels
+from .attention_neo import can_compile_kernels, neo_attention_forward
 from .cache_neo import NeoCache
 from .configuration_neo import NeoConfig, NeoTextConfig, NeoVisionConfig
 from .generation_neo import NeoGenerationMixin
@@ -214,9 +214,9 @@ class NeoAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         implementation = self.config._attn_implementation
-        if implementation == "sdpa" or (implementation == "flex_attention" and query.shape[2] == 1):
-            implementation = "neo"  # which attends by SDPA where the mask is a tensor
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attend: Callable = neo_attention_forward  # by SDPA where the mask is a tensor
+        if implementation not in ("neo", "sdpa") and not (implementation == "flex_attention" and query.shape[2] == 1):
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attend(
             self,
             query,

@@ -267,7 +267,7 @@ class NeoStream:
     def fork(self) -> "NeoStream":
         """
         A stream of its own with the same past. Nothing is computed or copied: both share what is in the cache, which
-        is only ever extended into new tensors.
+        never changes.
         """
         self._check_idle()
         fork = copy.copy(self)
