@@ -44,6 +44,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 logger = logging.get_logger(__name__)
 
+# Tokens of a row that go through an MLP at once without gradients: of a long prompt, its activations would take most of
+# the memory.
+MLP_CHUNK = 1024
+# Patches that are embedded at once, for the same reason.
+PATCH_CHUNK = 4096
+
 
 def inverse_frequencies(theta: float, channels: int, device: torch.device) -> torch.Tensor:
     """Rotary inverse frequencies theta^(-(0, 2, 4, ...) / channels), (channels / 2,) float32."""
@@ -60,7 +66,11 @@ def rotate_patches(features: torch.Tensor, rows: torch.Tensor, columns: torch.Te
     angles = torch.cat([columns[:, None] * frequencies, rows[:, None] * frequencies], dim=-1)  # (P, D/2)
     cos, sin = angles.cos(), angles.sin()
     even, odd = features.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(features.dtype)
+    return torch.stack(_rotate(even, odd, cos, sin), dim=-1).flatten(-2).to(features.dtype)
+
+
+def _rotate(x: torch.Tensor, y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.addcmul(x * cos, y, sin, value=-1), torch.addcmul(y * cos, x, sin)
 
 
 class NeoPatchProjection(nn.Conv2d):
@@ -107,8 +117,11 @@ class NeoPatchEmbedding(nn.Module):
             )
         grid_hw = grid_hw.to(pixel_values.device)
         _, rows, columns = place_in_grids(torch.arange(num_patches, device=pixel_values.device), grid_hw)
-        features = F.gelu(self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)))
-        features = rotate_patches(features, rows, columns, config.rope_parameters["rope_theta"])
+        theta = config.rope_parameters["rope_theta"]
+        pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
+        size = num_patches if is_tracing(pixel_values) else PATCH_CHUNK
+        chunks = zip(*(x.split(size) for x in (pixel_values, rows, columns)), strict=True)
+        features = torch.cat([rotate_patches(F.gelu(self.patch_embedding(x)), r, c, theta) for x, r, c in chunks])
 
         # Number of the patch at each place of each token: the token's upper left one, then the others of its square.
         tokens = torch.arange(num_patches // merge**2, device=pixel_values.device)
@@ -150,7 +163,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple
     halves (B, L, heads, n/2).
     """
     first, second = x.chunk(2, dim=-1)
-    return first * cos - second * sin, second * cos + first * sin
+    return _rotate(first, second, cos, sin)
 
 
 class NeoAttention(nn.Module):
@@ -198,16 +211,16 @@ class NeoAttention(nn.Module):
         widths = (d // 2, d // 4, d // 4)
         cos, sin = (table.split(widths, dim=-1) for table in position_embeddings)
 
-        def thw(t: torch.Tensor, hw: torch.Tensor, *norms: nn.Module) -> torch.Tensor:  # (B, heads, L, 2d)
-            h, w = hw.unflatten(-1, (-1, d)).chunk(2, dim=-1)
-            parts = zip((t.unflatten(-1, (-1, d)), h, w), norms, cos, sin, strict=True)
-            halves = [half for x, norm, c, s in parts for half in apply_rotary(norm(x), c, s)]
-            return torch.cat(halves, dim=-1).transpose(1, 2)
+        def thw(temporal: nn.Linear, spatial: nn.Linear, norm: nn.Module, *norms: nn.Module) -> torch.Tensor:
+            # One projection after the other: of a long prompt, each is large.
+            halves = [*apply_rotary(norm(temporal(hidden_states).unflatten(-1, (-1, d))), cos[0], sin[0])]
+            hw = spatial(hidden_states).unflatten(-1, (-1, d)).chunk(2, dim=-1)
+            for x, norm, c, s in zip(hw, norms, cos[1:], sin[1:], strict=True):
+                halves += apply_rotary(norm(x), c, s)
+            return torch.cat(halves, dim=-1).transpose(1, 2)  # (B, heads, L, 2d)
 
-        query = thw(
-            self.q_proj(hidden_states), self.q_proj_hw(hidden_states), self.q_norm, self.q_norm_h, self.q_norm_w
-        )
-        key = thw(self.k_proj(hidden_states), self.k_proj_hw(hidden_states), self.k_norm, self.k_norm_h, self.k_norm_w)
+        query = thw(self.q_proj, self.q_proj_hw, self.q_norm, self.q_norm_h, self.q_norm_w)
+        key = thw(self.k_proj, self.k_proj_hw, self.k_norm, self.k_norm_h, self.k_norm_w)
         value = self.v_proj(hidden_states).unflatten(-1, (-1, d)).transpose(1, 2)  # (B, K, L, d)
 
         if past_key_values is not None:
@@ -242,7 +255,11 @@ class NeoDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        if torch.is_grad_enabled() or is_tracing(hidden_states):
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        for chunk in hidden_states.split(MLP_CHUNK, dim=1):  # views of a tensor that nothing else holds
+            chunk += self.mlp(self.post_attention_layernorm(chunk))
+        return hidden_states
 
 
 class NeoPreTrainedModel(PreTrainedModel):
@@ -529,13 +546,14 @@ class NeoModel(NeoPreTrainedModel):
         if image_features is not None:
             token_ids = self.get_token_ids(input_ids, inputs_embeds)
             image_hidden_states = torch.cat(tuple(image_features.pooler_output))
+            image_features = None  # frees the features of patches
             inputs_embeds = self._fill_in(inputs_embeds, token_ids, image_hidden_states)
 
         if position_ids is not None and position_ids.ndim == 2:
             unmasked = attention_mask is None or bool((attention_mask == 1).all())
             if document_ids is None and unmasked and past_key_values is None:
                 document_ids = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[:2]))
-            if document_ids is not None or image_features is not None:
+            if document_ids is not None or image_hidden_states is not None:
                 position_ids = None  # one number per token cannot place pictures: computed below
             else:
                 text = position_ids.expand(inputs_embeds.shape[:2])
