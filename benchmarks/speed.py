@@ -78,7 +78,7 @@ def build_qwen(tiny=False):
 
 
 def picture_prompt(pictures, side):
-    """Prompt of `pictures` pictures of `side` x `side` visual tokens, text before each: ids (1, L) and grids (N, 2)."""
+    """Prompt of pictures of `side` x `side` visual tokens, text before each: ids (1, L) and grids (N, 2)."""
     generator = torch.Generator().manual_seed(0)
     ids = []
     for _ in range(pictures):
@@ -127,7 +127,10 @@ def medians(functions, rounds):
 def matrix_products(tiny=False):
     """A call of so many floating-point operations: what a layer does to 1,024 tokens, without the rest of it."""
     width, inner = (128, 256) if tiny else (2048, 6144)
-    x, weight = torch.randn(1024, width, device=DEVICE, dtype=DTYPE), torch.randn(inner, width, device=DEVICE, dtype=DTYPE)
+    x, weight = (
+        torch.randn(1024, width, device=DEVICE, dtype=DTYPE),
+        torch.randn(inner, width, device=DEVICE, dtype=DTYPE),
+    )
     return lambda: F.linear(x, weight), 2 * 1024 * width * inner
 
 
@@ -138,7 +141,7 @@ def patch_embedding_operations(model, patches):
 
 
 def prefill_operations(model, ids, grids):
-    """Floating-point operations of what has to be computed: weights, and attention of the pairs that see each other."""
+    """Floating-point operations that a prefill needs: of weights, and of attention where a query sees a key."""
     config = model.config.text_config
     layer = model.get_decoder().layers[0]
     linear = sum(weight.numel() for weight in layer.parameters() if weight.ndim == 2) * ids.shape[1]
@@ -351,7 +354,9 @@ def report(results):
         eager = r.get("eager")
         figures = [f"{r['neo']:.2f} s", f"{r['ideal']:.2f} s", ratio(r["neo"], r["ideal"])]
         rate = f"{r['rate'] / 1e9:.0f} GFLOP/s"
-        rows.append([tokens, r["layers"], *figures, f"{eager:.2f} s" if eager else "-", ratio(eager, r["ideal"]), rate])
+        rows.append(
+            [tokens, r["layers"], *figures, f"{eager:.2f} s" if eager else "-", ratio(eager, r["ideal"]), rate]
+        )
     header = ["tokens", "layers", "NEO", "ideal", "ratio", "eager", "eager / ideal", "matrix products"]
     parts.append(table(header, rows))
 

@@ -160,7 +160,7 @@ def long_rows(draw, length, packed):
     stop = length - draw(st.integers(0, length // 3))
     while len(documents) < stop:
         size = draw(st.sampled_from([1, 7, 64, 128, 300]))
-        documents += [len(documents) if packed and draw(st.booleans()) else max(documents[-1:] + [0])] * size
+        documents += [len(documents) if packed and draw(st.booleans()) else max([*documents[-1:], 0])] * size
         pictures += [len(pictures) if draw(st.booleans()) else -1] * size
     return [(row[:stop] + [-1] * length)[:length] for row in (documents, pictures)]
 

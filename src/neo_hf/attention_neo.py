@@ -13,8 +13,8 @@ from .configuration_neo import NeoConfig  # noqa: F401  (imported first: it refu
 
 import os
 import shutil
-from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import pairwise
 
 import torch
 from torch.nn import functional as F
@@ -31,23 +31,23 @@ TILE_SIZE = 256  # queries of a tile: long enough for matrix products, short eno
 @cache
 def can_compile_kernels(device_type: str) -> bool:
     """Whether FlexAttention can be compiled for this kind of device. Without, it would make the L x S scores."""
-    has_compiler = any(map(shutil.which, filter(None, (os.environ.get("CXX"), os.environ.get("CC"), "cc", "gcc", "clang"))))
+    names = [os.environ.get("CXX"), os.environ.get("CC"), "cc", "gcc", "clang"]
+    has_compiler = any(shutil.which(name) for name in names if name)
     return has_compiler and (device_type == "cpu" or has_triton())
 
 
-@dataclass(eq=False)
 class KeyRuns:
     """
-    Each query sees the keys at places [first, last).
+    Each query sees the keys at places [first, last). Made once per forward and shared by all layers.
 
-    first, last: (B, L) int64. Neither falls along a row, and a query of a row sees its own key; but for padding, which
-    sees nothing: (S, 0).
-    num_keys: S.
+    Args:
+        first, last: (B, L) int64. Neither falls along a row, and a query sees its own key; but for padding, which sees
+            nothing: (S, 0).
+        num_keys: S.
     """
 
-    first: torch.Tensor
-    last: torch.Tensor
-    num_keys: int
+    def __init__(self, first: torch.Tensor, last: torch.Tensor, num_keys: int):
+        self.first, self.last, self.num_keys = first, last, num_keys
 
     def to(self, device, non_blocking: bool = False) -> "KeyRuns":
         """As tensors do: layers on several devices are handed the mask like any other input."""
@@ -65,7 +65,7 @@ class KeyRuns:
         tiles = []
         for row, (first, last) in enumerate(zip(self.first.cpu(), self.last.cpu(), strict=True)):
             borders = [0, *((first[1:] != first[:-1]).nonzero()[:, 0] + 1).tolist(), len(first)]
-            for begin, stop in zip(borders[:-1], borders[1:], strict=True):
+            for begin, stop in pairwise(borders):
                 if first[begin] >= last[begin]:
                     continue  # padding
                 for start in range(begin, stop, TILE_SIZE):
@@ -194,8 +194,8 @@ def neo_attention_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: KeyRuns | torch.Tensor | None,
+    scaling: float,
     dropout: float = 0.0,
-    scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """

@@ -23,6 +23,8 @@ class GrowingLayer(DynamicLayer):
     buffers of their own where the next place is taken.
     """
 
+    keys: torch.Tensor
+    values: torch.Tensor
     _buffers: _Buffers | None = None
 
     def update(
@@ -38,8 +40,8 @@ class GrowingLayer(DynamicLayer):
         buffers = self._buffers
         if buffers is None or not self._can_append(buffers, length, end):
             places = end + max(end // 8, 128)
-            new = (x.new_empty(*x.shape[:2], places, x.shape[-1]) for x in (key_states, value_states))
-            buffers = self._buffers = _Buffers(*new)
+            keys, values = (x.new_empty(*x.shape[:2], places, x.shape[-1]) for x in (key_states, value_states))
+            buffers = self._buffers = _Buffers(keys, values)
             if length:
                 buffers.keys[:, :, :length], buffers.values[:, :, :length] = self.keys, self.values
         buffers.keys[:, :, length:end], buffers.values[:, :, length:end] = key_states, value_states
@@ -67,4 +69,4 @@ class NeoCache(DynamicCache):
 
     def __init__(self, config: NeoTextConfig):
         super().__init__(config=config)
-        self.layers = [GrowingLayer() for _ in self.layers]
+        self.layers = [GrowingLayer() for _ in range(config.num_hidden_layers)]

@@ -44,8 +44,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 logger = logging.get_logger(__name__)
 
-# Tokens of a row that go through an MLP at once without gradients: of a long prompt, its activations would take most of
-# the memory.
+# Tokens of a row that go through an MLP at once without gradients: else its activations take most of the memory of a
+# long prompt.
 MLP_CHUNK = 1024
 # Patches that are embedded at once, for the same reason.
 PATCH_CHUNK = 4096
@@ -69,7 +69,9 @@ def rotate_patches(features: torch.Tensor, rows: torch.Tensor, columns: torch.Te
     return torch.stack(_rotate(even, odd, cos, sin), dim=-1).flatten(-2).to(features.dtype)
 
 
-def _rotate(x: torch.Tensor, y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _rotate(
+    x: torch.Tensor, y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.addcmul(x * cos, y, sin, value=-1), torch.addcmul(y * cos, x, sin)
 
 
@@ -276,14 +278,14 @@ class NeoPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": NeoDecoderLayer, "attentions": NeoAttention}
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """"neo" where none is asked for; SDPA in place of a FlexAttention that cannot be compiled here."""
+        """ "neo" where none is asked for; SDPA in place of a FlexAttention that cannot be compiled here."""
         if requested_attention is None:
             return "neo"
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
         if requested_attention == "flex_attention" and not can_compile_kernels(device_type):
             logger.warning_once(
-                "attn_implementation='flex_attention' needs a C++ compiler, on CUDA also Triton and a C compiler, which "
-                "were not found: attention goes by SDPA."
+                "attn_implementation='flex_attention' needs a C++ compiler, on CUDA Triton and a C compiler; not "
+                "found: attention goes by SDPA."
             )
             requested_attention = "sdpa"
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
