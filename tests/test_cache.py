@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 from conftest import one, random_prompt
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import StaticCache
 from transformers.cache_utils import DynamicLayer
@@ -18,6 +18,8 @@ OPERATIONS = st.one_of(
 
 @settings(deadline=None, max_examples=100)
 @given(st.lists(OPERATIONS, max_size=12))
+@example([("fork", 1), ("update", 1), ("swap", 1), ("update", 1)])
+@example([("fork", 1), ("crop", 1), ("update", 1)])
 def test_holds_what_a_dynamic_layer_holds(operations):
     generator = torch.Generator().manual_seed(0)
     pairs = [(GrowingLayer(), DynamicLayer())]  # the first is in use, the others share its past
