@@ -20,6 +20,7 @@ OPERATIONS = st.one_of(
 @given(st.lists(OPERATIONS, max_size=12))
 @example([("fork", 1), ("update", 1), ("swap", 1), ("update", 1)])
 @example([("fork", 1), ("crop", 1), ("update", 1)])
+@torch.no_grad()
 def test_holds_what_a_dynamic_layer_holds(operations):
     generator = torch.Generator().manual_seed(0)
     pairs = [(GrowingLayer(), DynamicLayer())]  # the first is in use, the others share its past
