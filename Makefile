@@ -17,7 +17,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/prefill_decode.py
+	$(BIN)/python benchmarks/speed.py --append benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/training.py

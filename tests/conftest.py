@@ -47,7 +47,7 @@ def load_golden_model(attn_implementation="sdpa"):
     ).eval()
 
 
-@pytest.fixture(scope="session", params=["eager", "sdpa"])
+@pytest.fixture(scope="session", params=["eager", "sdpa", "neo"])
 def golden_model(request):
     return load_golden_model(request.param)
 
@@ -151,7 +151,7 @@ def real_vocabulary_model():
     return random_model(tiny_config(151_936))
 
 
-@pytest.fixture(scope="module", params=["eager", "sdpa"])
+@pytest.fixture(scope="module", params=["eager", "neo"])
 def model(request):
     """A tiny random model under each implementation that runs everywhere."""
     return random_model(tiny_config(), attn_implementation=request.param)

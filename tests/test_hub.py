@@ -11,6 +11,8 @@ import torch
 from conftest import random_model, tiny_config
 
 CODE_FILES = {
+    "attention_neo.py",
+    "cache_neo.py",
     "configuration_neo.py",
     "generation_neo.py",
     "image_processing_neo.py",

@@ -1,15 +1,21 @@
+import logging
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
 from conftest import IMAGE, IMAGE_START, one, random_model, random_prompt, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from transformers import DynamicCache, StaticCache
+from transformers.integrations.flex_attention import flex_attention_forward
 
-from neo_hf import allocate_position_ids
-from neo_hf.masking_neo import create_neo_mask
+from neo_hf import allocate_position_ids, attention_neo
+from neo_hf.attention_neo import KeyRuns
+from neo_hf.masking_neo import create_neo_mask, find_key_runs
 
 
 def oracle(row, length, left, packed):
@@ -45,11 +51,8 @@ def rows(draw):
     return documents, torch.cat(grids), draw(st.integers(0, 3)), draw(st.integers(0, 3))
 
 
-@settings(deadline=None, max_examples=150)
-@given(st.lists(rows(), min_size=1, max_size=3), st.sampled_from(["eager", "sdpa"]), st.booleans())
-def test_mask(batch, implementation, packed):
-    config = tiny_config().text_config
-    config._attn_implementation = implementation
+def layout(batch, packed):
+    """What `forward` takes for a batch of `rows`, and who is there and sees whom."""
     length = max(left + sum(map(len, documents)) + right for documents, _, left, right in batch)
     input_ids = torch.zeros(len(batch), length, dtype=torch.long)
     expected, there, document_ids = [], [], []
@@ -60,20 +63,42 @@ def test_mask(batch, implementation, packed):
             found.append(value)
     expected, there = torch.stack(expected), torch.stack(there)
     document_ids = torch.tensor(document_ids) if packed else None
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": there.long(),
+        "image_grid_hw": torch.cat([grids for _, grids, _, _ in batch]),
+    }
+    return inputs | ({"document_ids": document_ids} if packed else {}), there, expected
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(rows(), min_size=1, max_size=3),
+    st.sampled_from(["eager", "sdpa", "neo", "flex_attention"]),
+    st.booleans(),
+)
+def test_mask(batch, implementation, packed):
+    config = tiny_config().text_config
+    config._attn_implementation = implementation
+    inputs, there, expected = layout(batch, packed)
+    length = there.shape[1]
+    document_ids = inputs.get("document_ids")
     position_ids = allocate_position_ids(
-        input_ids,
-        torch.cat([grids for _, grids, _, _ in batch]),
+        **inputs,
         image_token_id=IMAGE,
         image_start_token_id=IMAGE_START,
-        attention_mask=there,
-        document_ids=document_ids,
     )
-    embeds = torch.empty(*input_ids.shape, 0)
+    embeds = torch.empty(*there.shape, 0)
 
     def compare(cache):
         mask = create_neo_mask(config, embeds, there.long(), cache, position_ids, document_ids)
         if mask is None:
             found = torch.ones(length, length, dtype=torch.bool).tril().expand(expected.shape)
+        elif isinstance(mask, KeyRuns):
+            keys = torch.arange(mask.num_keys)
+            found = (mask.first[..., None] <= keys) & (keys < mask.last[..., None])
+        elif isinstance(mask, BlockMask):
+            found = create_mask(mask.mask_mod, len(batch), 1, *mask.seq_lengths, device="cpu")[:, 0]
         else:
             found = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
             assert not found[..., length:].any()
@@ -84,6 +109,91 @@ def test_mask(batch, implementation, packed):
     if not packed:
         compare(DynamicCache(config=config))
         compare(StaticCache(config=config, max_cache_len=length + 5))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(rows(), min_size=1, max_size=3), st.booleans(), st.integers(1, 5))
+def test_same_logits_and_gradients(batch, packed, tile_size):
+    inputs, there, _ = layout(batch, packed)
+    patches = int(inputs["image_grid_hw"].prod(-1).sum())
+    inputs["pixel_values"] = torch.randn(patches, 768, generator=torch.Generator().manual_seed(1))
+    model = random_model(tiny_config(text_config={"num_hidden_layers": 2}))
+    torch.manual_seed(2)
+    weights = torch.randn(*there.shape, 512) * there[..., None]
+
+    def run(implementation):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        logits = model(**inputs, use_cache=False).logits
+        (logits * weights).sum().backward()
+        return {"logits": logits[there]} | {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    expected = run("eager")
+    with patch.object(attention_neo, "TILE_SIZE", tile_size):
+        for implementation in ("sdpa", "neo"):
+            for name, found in run(implementation).items():
+                if expected[name] is None or found is None:  # no pictures
+                    assert (expected[name] is None) == (found is None)
+                    continue
+                scale = max(1, expected[name].abs().max().item())
+                torch.testing.assert_close(found / scale, expected[name] / scale, rtol=0, atol=1e-4, msg=name)
+
+
+def test_padding_in_the_middle_of_a_row(model):
+    """More than one run of keys per query: "neo" falls back on SDPA with a dense mask."""
+    inputs = one(random_prompt(torch.Generator().manual_seed(7), [(2, 3)], text=5))
+    inputs["attention_mask"][0, 2] = 0
+    with torch.no_grad():
+        found = model(**inputs).logits
+        short = inputs | {name: inputs[name][:, [0, 1, *range(3, inputs[name].shape[1])]] for name in TOKENS}
+        torch.testing.assert_close(found[:, 3:], model(**short).logits[:, 2:], rtol=0, atol=1e-4)
+
+
+TOKENS = ("input_ids", "attention_mask")
+
+
+@st.composite
+def long_rows(draw, length, packed):
+    """Document and picture of each of `length` tokens, -1 for none, with padding on both sides."""
+    documents, pictures = [-1] * min(draw(st.sampled_from([0, 5, 128])), length // 2), []
+    pictures += documents
+    stop = length - min(draw(st.sampled_from([0, 3, 140])), length // 3)
+    while len(documents) < stop:
+        size = draw(st.sampled_from([1, 7, 64, 128, 300]))
+        documents += [len(documents) if packed and draw(st.booleans()) else max([*documents[-1:], 0])] * size
+        pictures += [len(pictures) if draw(st.booleans()) else -1] * size
+    return [(row[:stop] + [-1] * length)[:length] for row in (documents, pictures)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.integers(2, 500), st.booleans(), st.sampled_from([0, 5, 128, 200]))
+def test_block_mask(data, length, packed, cached):
+    """To the block what `create_block_mask` finds by looking at each pair."""
+    cached = 0 if packed else cached
+    layouts = [data.draw(long_rows(length, packed)) for _ in range(data.draw(st.integers(1, 2)))]
+    documents, pictures = torch.tensor(layouts).unbind(1)
+    there = F.pad(documents >= 0, (cached, 0), value=True)
+    if cached:
+        there = there & (documents[:, :1] >= 0)  # padding on the left covers the cached tokens
+        there[:, : cached // 2] = False
+    document_of, picture_of = (F.pad(x, (cached, 0), value=v) for x, v in ((documents, 0), (pictures, -1)))
+
+    def sees(row, head, query, key):
+        query = query + cached
+        same_document = document_of[row, query] == document_of[row, key]
+        same_picture = (picture_of[row, query] == picture_of[row, key]) & (picture_of[row, query] >= 0)
+        return there[row, query] & there[row, key] & same_document & ((key <= query) | same_picture)
+
+    cache = None
+    if cached:
+        cache = DynamicCache(config=tiny_config().text_config)
+        cache.update(*torch.zeros(2, len(layouts), 2, cached, 1), 0)
+    embeds = torch.empty(len(layouts), length, 0)
+    runs = find_key_runs(embeds, there, cache, pictures, documents if packed else None)
+    expected = create_block_mask(sees, len(layouts), None, length, cached + length, device="cpu")
+    for found, wanted in zip(runs.block_mask.as_tuple(), expected.as_tuple(), strict=True):
+        if isinstance(wanted, torch.Tensor):
+            assert torch.equal(found, wanted)
 
 
 @pytest.mark.slow
@@ -116,6 +226,52 @@ def test_flex_attention_generates():
     expected = model.generate(**inputs, **settings)
     model.set_attn_implementation("flex_attention")
     assert torch.equal(model.generate(**inputs, **settings), expected)
+
+
+@pytest.mark.slow
+def test_flex_attention_compiles_for_all_lengths():
+    """Once for the first length, once for lengths that differ, and never again."""
+    config = tiny_config(text_config={"head_dim": 64, "num_hidden_layers": 1})
+    model = random_model(config, attn_implementation="flex_attention")
+    prompts = [random_prompt(torch.Generator().manual_seed(8), [(3, 5)] * n) for n in (8, 10, 13, 25)]
+    with torch.no_grad():
+        for prompt in prompts[:2]:
+            model(**one(prompt))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for prompt in prompts[2:]:
+                model(**one(prompt))
+
+
+def test_without_a_compiler(monkeypatch, caplog):
+    monkeypatch.setattr(attention_neo.shutil, "which", lambda name: None)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    attention_neo.can_compile_kernels.cache_clear()
+    try:
+        model = random_model(tiny_config(), attn_implementation="flex_attention")
+    finally:
+        attention_neo.can_compile_kernels.cache_clear()
+    assert model.config._attn_implementation == model.config.text_config._attn_implementation == "sdpa"
+    assert "needs a C++ compiler" in caplog.text
+
+
+@pytest.mark.gpu
+def test_flex_attention_is_the_default_on_cuda():
+    """Same logits and gradients as with a dense mask, for two packed documents with pictures across blocks."""
+    model = random_model(tiny_config(text_config={"head_dim": 128, "num_hidden_layers": 2})).cuda()
+    prompts = [random_prompt(torch.Generator().manual_seed(9), [(20, 30), (9, 9)], text=40) for _ in range(2)]
+    ids, pixels, grids = (torch.cat(parts).cuda() for parts in zip(*prompts, strict=True))
+    inputs = {"input_ids": ids[None], "pixel_values": pixels, "image_grid_hw": grids}
+    inputs["document_ids"] = torch.arange(2, device="cuda").repeat_interleave(len(ids) // 2)[None]
+    found = {}
+    for implementation in ("neo", "sdpa"):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        with patch.object(attention_neo, "flex_attention_forward", wraps=flex_attention_forward) as flex:
+            logits = model(**inputs).logits
+        assert flex.called == (implementation == "neo")
+        logits.square().mean().backward()
+        found[implementation] = [logits, *(parameter.grad for parameter in model.parameters())]
+    torch.testing.assert_close(found["neo"], found["sdpa"], rtol=1e-3, atol=1e-4)
 
 
 FLEX_MASK = """

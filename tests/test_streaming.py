@@ -27,7 +27,7 @@ def frames():
     return [Image.fromarray(random.integers(0, 256, (64, 96, 3), dtype=np.uint8)) for _ in range(5)]
 
 
-@pytest.fixture(params=["eager", "sdpa"])
+@pytest.fixture(params=["eager", "neo"])
 def model(request, real_vocabulary_model):
     model = copy.deepcopy(real_vocabulary_model)
     model.set_attn_implementation(request.param)

@@ -4,6 +4,7 @@
 them. Nothing about a sequence is kept on the model.
 """
 
+from .cache_neo import NeoCache
 from .configuration_neo import NeoConfig  # noqa: F401  (imported first: it refuses an unsupported transformers)
 from .indexing_neo import spatial_index, temporal_index
 from .masking_neo import create_neo_mask
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
+from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
 
 if TYPE_CHECKING:
@@ -82,6 +84,13 @@ class NeoGenerationMixin(GenerationMixin):
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs):
         """The 4-D mask of a step with a static cache, built outside of the compiled forward."""
         return create_neo_mask(config.get_text_config(), inputs_embeds, attention_mask, past_key_values, position_ids)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        is_given = model_kwargs.get("past_key_values") is not None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if not is_given and type(cache) is DynamicCache and not cache.offloading:
+            model_kwargs["past_key_values"] = NeoCache(self.config.get_text_config())
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         is_image = input_ids == self._image_token_id

@@ -15,11 +15,13 @@ Shapes: B rows, L new tokens, S keys (cached ones included), E hidden size, D pa
 K key/value heads, d head_dim; P patches and V visual tokens of N pictures.
 """
 
+from .attention_neo import can_compile_kernels, neo_attention_forward
+from .cache_neo import NeoCache
 from .configuration_neo import NeoConfig, NeoTextConfig, NeoVisionConfig
 from .generation_neo import NeoGenerationMixin
 from .indexing_neo import allocate_position_ids, check_grid, place_in_grids
 from .loss_neo import next_token_targets, target_weights, weighted_cross_entropy
-from .masking_neo import attention_implementation, create_neo_mask
+from .masking_neo import create_neo_mask
 
 import math
 from collections.abc import Callable
@@ -31,16 +33,24 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, eager_attention_forward
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
+
+logger = logging.get_logger(__name__)
+
+# Tokens of a row that go through an MLP at once without gradients: else its activations take most of the memory of a
+# long prompt.
+MLP_CHUNK = 1024
+# Patches that are embedded at once, for the same reason.
+PATCH_CHUNK = 4096
 
 
 def inverse_frequencies(theta: float, channels: int, device: torch.device) -> torch.Tensor:
@@ -58,7 +68,13 @@ def rotate_patches(features: torch.Tensor, rows: torch.Tensor, columns: torch.Te
     angles = torch.cat([columns[:, None] * frequencies, rows[:, None] * frequencies], dim=-1)  # (P, D/2)
     cos, sin = angles.cos(), angles.sin()
     even, odd = features.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(features.dtype)
+    return torch.stack(_rotate(even, odd, cos, sin), dim=-1).flatten(-2).to(features.dtype)
+
+
+def _rotate(
+    x: torch.Tensor, y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.addcmul(x * cos, y, sin, value=-1), torch.addcmul(y * cos, x, sin)
 
 
 class NeoPatchProjection(nn.Conv2d):
@@ -105,8 +121,11 @@ class NeoPatchEmbedding(nn.Module):
             )
         grid_hw = grid_hw.to(pixel_values.device)
         _, rows, columns = place_in_grids(torch.arange(num_patches, device=pixel_values.device), grid_hw)
-        features = F.gelu(self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)))
-        features = rotate_patches(features, rows, columns, config.rope_parameters["rope_theta"])
+        theta = config.rope_parameters["rope_theta"]
+        pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
+        size = num_patches if is_tracing(pixel_values) else PATCH_CHUNK
+        chunks = zip(*(x.split(size) for x in (pixel_values, rows, columns)), strict=True)
+        features = torch.cat([rotate_patches(F.gelu(self.patch_embedding(x)), r, c, theta) for x, r, c in chunks])
 
         # Number of the patch at each place of each token: the token's upper left one, then the others of its square.
         tokens = torch.arange(num_patches // merge**2, device=pixel_values.device)
@@ -142,10 +161,13 @@ def rotary_tables(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn half-split pairs (i, i + n/2) of `x` (B, L, heads, n) by the angles of cos, sin (B, L, 1, n/2)."""
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Turn half-split pairs (i, i + n/2) of `x` (B, L, heads, n) by the angles of cos, sin (B, L, 1, n/2). Returns both
+    halves (B, L, heads, n/2).
+    """
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return _rotate(first, second, cos, sin)
 
 
 class NeoAttention(nn.Module):
@@ -193,35 +215,36 @@ class NeoAttention(nn.Module):
         widths = (d // 2, d // 4, d // 4)
         cos, sin = (table.split(widths, dim=-1) for table in position_embeddings)
 
-        def thw(t: torch.Tensor, hw: torch.Tensor, *norms: nn.Module) -> torch.Tensor:  # (B, heads, L, 2d)
-            h, w = hw.unflatten(-1, (-1, d)).chunk(2, dim=-1)
-            parts = zip((t.unflatten(-1, (-1, d)), h, w), norms, cos, sin, strict=True)
-            return torch.cat([apply_rotary(norm(x), c, s) for x, norm, c, s in parts], dim=-1).transpose(1, 2)
+        def thw(temporal: nn.Linear, spatial: nn.Linear, norm: nn.Module, *norms: nn.Module) -> torch.Tensor:
+            # One projection after the other: of a long prompt, each is large.
+            halves = [*apply_rotary(norm(temporal(hidden_states).unflatten(-1, (-1, d))), cos[0], sin[0])]
+            hw = spatial(hidden_states).unflatten(-1, (-1, d)).chunk(2, dim=-1)
+            for x, norm, c, s in zip(hw, norms, cos[1:], sin[1:], strict=True):
+                halves += apply_rotary(norm(x), c, s)
+            return torch.cat(halves, dim=-1).transpose(1, 2)  # (B, heads, L, 2d)
 
-        query = thw(
-            self.q_proj(hidden_states), self.q_proj_hw(hidden_states), self.q_norm, self.q_norm_h, self.q_norm_w
-        )
-        key = thw(self.k_proj(hidden_states), self.k_proj_hw(hidden_states), self.k_norm, self.k_norm_h, self.k_norm_w)
+        query = thw(self.q_proj, self.q_proj_hw, self.q_norm, self.q_norm_h, self.q_norm_w)
+        key = thw(self.k_proj, self.k_proj_hw, self.k_norm, self.k_norm_h, self.k_norm_w)
         value = self.v_proj(hidden_states).unflatten(-1, (-1, d)).transpose(1, 2)  # (B, K, L, d)
 
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        implementation = attention_implementation(self.config, query.shape[2])
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        # SDPA's fast kernels want values as wide as keys; a single query is faster without the copy.
-        pad_value = implementation == "sdpa" and query.shape[2] > 1
+        implementation = self.config._attn_implementation
+        attend: Callable = neo_attention_forward  # by SDPA where the mask is a tensor
+        if implementation not in ("neo", "sdpa") and not (implementation == "flex_attention" and query.shape[2] == 1):
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attend(
             self,
             query,
             key,
-            F.pad(value, (0, d)) if pad_value else value,
+            value,
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
-        )  # (B, L, A, d or 2d)
-        return self.o_proj(output[..., :d].flatten(2)), weights
+        )  # (B, L, A, d)
+        return self.o_proj(output.flatten(2)), weights
 
 
 class NeoDecoderLayer(GradientCheckpointingLayer):
@@ -236,7 +259,11 @@ class NeoDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        if torch.is_grad_enabled() or is_tracing(hidden_states):
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        for chunk in hidden_states.split(MLP_CHUNK, dim=1):  # views of a tensor that nothing else holds
+            chunk += self.mlp(self.post_attention_layernorm(chunk))
+        return hidden_states
 
 
 class NeoPreTrainedModel(PreTrainedModel):
@@ -251,6 +278,19 @@ class NeoPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": NeoDecoderLayer, "attentions": NeoAttention}
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """ "neo" where none is asked for; SDPA in place of a FlexAttention that cannot be compiled here."""
+        if requested_attention is None:
+            return "neo"
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        if requested_attention == "flex_attention" and not can_compile_kernels(device_type):
+            logger.warning_once(
+                "attn_implementation='flex_attention' needs a C++ compiler, on CUDA Triton and a C compiler; not "
+                "found: attention goes by SDPA."
+            )
+            requested_attention = "sdpa"
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     def _init_weights(self, module: nn.Module):
         if isinstance(module, NeoPatchProjection):  # PyTorch's own default for Conv2d
@@ -323,7 +363,7 @@ class NeoTextModel(NeoPreTrainedModel):
         if document_ids is not None:
             use_cache = False  # a packed row is never continued
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = NeoCache(self.config)
         mask = create_neo_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids, document_ids)
         position_embeddings = rotary_tables(
             position_ids, self.config.head_dim, self.config.rope_parameters, inputs_embeds.dtype
@@ -510,6 +550,7 @@ class NeoModel(NeoPreTrainedModel):
         if image_features is not None:
             token_ids = self.get_token_ids(input_ids, inputs_embeds)
             image_hidden_states = torch.cat(tuple(image_features.pooler_output))
+            image_features = None  # frees the features of patches
             inputs_embeds = self._fill_in(inputs_embeds, token_ids, image_hidden_states)
         elif self.training and torch.is_grad_enabled():
             # Text alone uses the patch embedding too, for nothing: processes gather its weights and average its
@@ -523,7 +564,7 @@ class NeoModel(NeoPreTrainedModel):
             unmasked = attention_mask is None or bool((attention_mask == 1).all())
             if document_ids is None and unmasked and past_key_values is None:
                 document_ids = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[:2]))
-            if document_ids is not None or image_features is not None:
+            if document_ids is not None or image_hidden_states is not None:
                 position_ids = None  # one number per token cannot place pictures: computed below
             else:
                 text = position_ids.expand(inputs_embeds.shape[:2])

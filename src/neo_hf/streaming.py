@@ -1,5 +1,6 @@
 """Live video: frames enter the KV cache as they come, so that each costs only its own tokens."""
 
+from .cache_neo import NeoCache
 from .modeling_neo import NeoForConditionalGeneration
 from .processing_neo import NeoProcessor, format_timestamp
 from .video_processing_neo import open_video, video_duration
@@ -14,7 +15,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from transformers import StoppingCriteriaList, TextIteratorStreamer
-from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
@@ -68,7 +68,7 @@ class NeoStream:
         self.max_tokens = max_tokens
         self.max_seconds = max_seconds
         self.frame_kwargs = frame_kwargs
-        self._cache = DynamicCache(config=model.config.get_text_config())
+        self._cache = NeoCache(model.config.get_text_config())
         self._ids: list[int] = []  # of all tokens held; the cache may lack the last of them
         self._position_ids = torch.zeros((3, 1, 0), dtype=torch.long)
         self._next_t = 0
@@ -267,7 +267,7 @@ class NeoStream:
     def fork(self) -> "NeoStream":
         """
         A stream of its own with the same past. Nothing is computed or copied: both share what is in the cache, which
-        is only ever extended into new tensors.
+        never changes.
         """
         self._check_idle()
         fork = copy.copy(self)

@@ -1,0 +1,463 @@
+"""
+How fast NEO is: against its own eager path, against Qwen3-VL, and against the machine's rate of matrix products.
+
+    python benchmarks/speed.py [--append benchmarks/RESULTS.md]
+
+Random weights, a tenth of each model's depth (NEO-2B: 4 of 40 layers; Qwen3-VL-2B: 3 of 28 and 2 of 24 in its vision
+encoder, 1 of 3 taps of it), float32 on a CPU and bfloat16 on CUDA. What is compared takes turns within a round, and
+figures are medians. Both models turn 32 x 32 pixels into one token. Peak memory is measured in processes of its own.
+With `--append`, results are added to that file and a plot is written beside it. `--tiny` runs everything on a narrow
+model and short prompts, to see that it runs.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from neo_hf import NeoConfig, NeoForConditionalGeneration
+from neo_hf.cache_neo import NeoCache
+from neo_hf.indexing_neo import picture_ids
+from neo_hf.masking_neo import find_key_runs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+IMAGE, START, END = 5, 6, 7  # token ids
+TEXT_TOKENS = 14  # before each picture
+WIDTHS = {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16, "num_key_value_heads": 8}
+TINY = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+NARROW = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def build_neo(layers, implementation="neo", tiny=False, **text_config):
+    torch.manual_seed(0)
+    text_config = {"num_hidden_layers": layers, "num_pre_buffer_layers": 0} | (TINY if tiny else WIDTHS) | text_config
+    config = NeoConfig(
+        text_config=text_config,
+        vision_config={"hidden_size": 64 if tiny else 1024},
+        image_token_id=IMAGE,
+        image_start_token_id=START,
+        image_end_token_id=END,
+    )
+    model = NeoForConditionalGeneration._from_config(config, dtype=DTYPE, attn_implementation=implementation)
+    return model.eval().to(DEVICE)
+
+
+def build_qwen(tiny=False):
+    torch.manual_seed(0)
+    text_config = {"num_hidden_layers": 3, "head_dim": 128, "vocab_size": 151_936} | (TINY if tiny else WIDTHS)
+    vision_config = {
+        "depth": 2,
+        "hidden_size": 64 if tiny else 1024,
+        "intermediate_size": 128 if tiny else 4096,
+        "num_heads": 2 if tiny else 16,
+        "out_hidden_size": text_config["hidden_size"],
+        "deepstack_visual_indexes": [0],
+    }
+    config = Qwen3VLConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        image_token_id=IMAGE,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        tie_word_embeddings=True,
+    )
+    model = Qwen3VLForConditionalGeneration._from_config(config, dtype=DTYPE, attn_implementation="sdpa")
+    return model.eval().to(DEVICE)
+
+
+def picture_prompt(pictures, side):
+    """Prompt of pictures of `side` x `side` visual tokens, text before each: ids (1, L) and grids (N, 2)."""
+    generator = torch.Generator().manual_seed(0)
+    ids = []
+    for _ in range(pictures):
+        ids += torch.randint(10, 1000, (TEXT_TOKENS,), generator=generator).tolist()
+        ids += [START, *[IMAGE] * side**2, END]
+    return torch.tensor([ids], device=DEVICE), torch.tensor([[2 * side, 2 * side]] * pictures, device=DEVICE)
+
+
+def neo_inputs(ids, grids):
+    pixels = torch.randn(int(grids.prod(-1).sum()), 768, device=DEVICE)
+    return {"input_ids": ids, "pixel_values": pixels, "image_grid_hw": grids}
+
+
+def qwen_inputs(ids, grids):
+    """The same pictures. A still picture fills both places of a patch in time."""
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.randn(int(grids.prod(-1).sum()), 2 * 768, device=DEVICE),
+        "image_grid_thw": F.pad(grids, (1, 0), value=1),
+        "mm_token_type_ids": (ids == IMAGE).int(),
+    }
+
+
+def clock(function):
+    """Result of a call and its seconds."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = function()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start
+
+
+def medians(functions, rounds):
+    """Median seconds of each of several functions, which take turns. The first round warms up and does not count."""
+    times = {name: [] for name in functions}
+    for number in range(rounds + 1):
+        for name, function in functions.items():
+            seconds = clock(function)[1]
+            if number:
+                times[name].append(seconds)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def matrix_products(tiny=False):
+    """A call of so many floating-point operations: what a layer does to 1,024 tokens, without the rest of it."""
+    width, inner = (128, 256) if tiny else (2048, 6144)
+    x, weight = (
+        torch.randn(1024, width, device=DEVICE, dtype=DTYPE),
+        torch.randn(inner, width, device=DEVICE, dtype=DTYPE),
+    )
+    return lambda: F.linear(x, weight), 2 * 1024 * width * inner
+
+
+def patch_embedding_operations(model, patches):
+    embed = model.model.patch_embed
+    first, second = embed.patch_embedding.weight.numel(), embed.dense_embedding.weight.numel()
+    return 2 * patches * (first + second / model.config.vision_config.spatial_merge_size**2)
+
+
+def prefill_operations(model, ids, grids):
+    """Floating-point operations that a prefill needs: of weights, and of attention where a query sees a key."""
+    config = model.config.text_config
+    layer = model.get_decoder().layers[0]
+    linear = sum(weight.numel() for weight in layer.parameters() if weight.ndim == 2) * ids.shape[1]
+    t = model.model.get_position_ids(ids, grids)[0]
+    runs = find_key_runs(ids[..., None], None, None, picture_ids(t))
+    pairs = int((runs.last - runs.first).sum())
+    attention = pairs * config.num_attention_heads * (config.qk_head_dim + config.head_dim)
+    head = model.lm_head.weight.numel()
+    patches = int(grids.prod(-1).sum())
+    return 2 * (config.num_hidden_layers * (linear + attention) + head) + patch_embedding_operations(model, patches)
+
+
+def first_token(model, inputs):
+    return lambda: model(**inputs, use_cache=True, logits_to_keep=1)
+
+
+@torch.no_grad()
+def measure_first_token(tiny):
+    neo, qwen = build_neo(4, tiny=tiny), build_qwen(tiny)
+    cases = {"one 1,024 x 1,024 picture": (1, 32), "16 frames of 384 x 384": (16, 12)}
+    if tiny:
+        cases = {"one picture": (1, 4), "frames": (3, 2)}
+    results = {}
+    for name, (pictures, side) in cases.items():
+        prompt = picture_prompt(pictures, side)
+        functions = {
+            "neo": first_token(neo, neo_inputs(*prompt)),
+            "qwen": first_token(qwen, qwen_inputs(*prompt)),
+        }
+        results[name] = {"tokens": prompt[0].shape[1]} | medians(functions, 3)
+    return results
+
+
+@torch.no_grad()
+def measure_prefill(tiny):
+    """Prefill of pictures of 1,024 tokens, against the time that its operations take in matrix products."""
+    side = 4 if tiny else 32
+    results = {}
+    for pictures, layers, rounds in ((1, 4, 3), (4, 4, 2), (16, 1, 1)):
+        model = build_neo(layers, tiny=tiny, vocab_size=1024)
+        prompt = picture_prompt(pictures, side)
+        inputs = neo_inputs(*prompt)
+        product, operations = matrix_products(tiny)
+
+        def run(implementation, model=model, inputs=inputs):
+            model.set_attn_implementation(implementation)
+            return first_token(model, inputs)()
+
+        functions = {"neo": lambda run=run: run("neo"), "gemm": lambda product=product: [product() for _ in range(20)]}
+        if pictures <= 4:
+            functions["eager"] = lambda run=run: run("eager")
+        times = medians(functions, rounds)
+        rate = 20 * operations / times["gemm"]
+        times["ideal"] = prefill_operations(model, *prompt) / rate
+        results[prompt[0].shape[1]] = {"layers": layers, "rate": rate} | times
+    return results
+
+
+@torch.no_grad()
+def measure_decoding(tiny, steps=10):
+    """Seconds of a step after so many cached tokens."""
+    neo, qwen = build_neo(4, tiny=tiny), build_qwen(tiny)
+    token = torch.tensor([[9]], device=DEVICE)
+    results = {}
+    for length in (256, 4096):
+
+        def fill(cache, config, width, length=length):
+            for layer in range(config.num_hidden_layers):
+                shape = (1, config.num_key_value_heads, length)
+                keys = torch.randn(*shape, width, device=DEVICE, dtype=DTYPE)
+                cache.update(keys, torch.randn(*shape, config.head_dim, device=DEVICE, dtype=DTYPE), layer)
+            return cache
+
+        def decode(model, cache, implementation, axes, length=length):
+            def run():
+                model.set_attn_implementation(implementation)
+                for step in range(steps):
+                    position_ids = torch.zeros(axes, 1, 1, dtype=torch.long, device=DEVICE)
+                    position_ids[0] = length + step
+                    model(input_ids=token, past_key_values=cache, position_ids=position_ids)
+                cache.crop(-steps)
+
+            return run
+
+        config, peer = neo.config.text_config, qwen.config.text_config
+        caches = {name: fill(NeoCache(config), config, config.qk_head_dim) for name in ("neo", "eager")}
+        functions = {name: decode(neo, cache, name, 3) for name, cache in caches.items()}
+        cache = fill(DynamicCache(config=peer), peer, peer.head_dim)
+        functions["qwen"] = decode(qwen, cache, "sdpa", 3)
+        results[length] = {name: seconds / steps for name, seconds in medians(functions, 5).items()}
+    return results
+
+
+@torch.no_grad()
+def measure_patch_embedding(tiny):
+    model = build_neo(1, tiny=tiny, vocab_size=1024)
+    mixes = {
+        "4 of 1,024 x 1,024": [(64, 64)] * 4,
+        "1,024 x 1,024, 512 x 2,048, 32 x 640, 40 of 256 x 256": [(64, 64), (32, 128), (2, 40), *[(16, 16)] * 40],
+    }
+    results = {}
+    for name, grids in mixes.items():
+        grids = torch.tensor(grids[:1] if tiny else grids, device=DEVICE)
+        patches = int(grids.prod(-1).sum())
+        pixels = torch.randn(patches, 768, device=DEVICE, dtype=DTYPE)
+        product, operations = matrix_products(tiny)
+        functions = {
+            "neo": lambda pixels=pixels, grids=grids: model.model.patch_embed(pixels, grids),
+            "gemm": lambda product=product: [product() for _ in range(10)],
+        }
+        times = medians(functions, 5)
+        ideal = patch_embedding_operations(model, patches) * times["gemm"] / (10 * operations)
+        results[name] = {"seconds": times["neo"], "share": ideal / times["neo"]}
+    return results
+
+
+def measure_training(tiny):
+    """Real tokens per second, forward and backward, of documents of very unequal length."""
+    sizes = [32, 48, 64, 96, 128, 256, 512, 1024]
+    text_config = NARROW | {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8192}
+    model = build_neo(2, tiny=tiny, **({"vocab_size": 1024} if tiny else text_config)).train()
+    documents = [torch.randint(10, 1000, (size // 8 if tiny else size,), device=DEVICE) for size in sizes]
+    real = sum(map(len, documents))
+    padded_ids = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(document) for document in documents], batch_first=True)
+    padded = {"input_ids": padded_ids, "attention_mask": mask, "labels": padded_ids.masked_fill(mask == 0, -100)}
+    packed_ids = torch.cat(documents)[None]
+    lengths = torch.tensor([len(document) for document in documents], device=DEVICE)
+    document_ids = torch.arange(len(documents), device=DEVICE).repeat_interleave(lengths)[None]
+    packed = {"input_ids": packed_ids, "document_ids": document_ids, "labels": packed_ids}
+
+    def step(inputs):
+        def run():
+            model.zero_grad()
+            model(**inputs, use_cache=False).loss.backward()
+
+        return run
+
+    times = medians({"packed": step(packed), "padded": step(padded)}, 3)
+    share = real / padded_ids.numel()
+    rates = {name: real / seconds for name, seconds in times.items()}
+    return {"share": share, **rates, "ideal": rates["padded"] / share}
+
+
+def status_megabytes(field):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 1024
+    raise OSError(f"/proc/self/status has no {field}.")
+
+
+@torch.no_grad()
+def measure_memory_here(kind, pictures, layers, width, tiny):
+    """Megabytes at the peak of a prefill beyond what was in use before it: weights, inputs."""
+    side = 4 if tiny else 32
+    if kind == "qwen":
+        model, make = build_qwen(tiny), qwen_inputs
+    else:
+        model, make = build_neo(layers, kind, tiny, vocab_size=1024, **({} if tiny else width)), neo_inputs
+    first_token(model, make(*picture_prompt(1, 2)))()  # loads what is loaded once
+    inputs = make(*picture_prompt(pictures, side))
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        first_token(model, inputs)()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    before = status_megabytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    first_token(model, inputs)()
+    return status_megabytes("VmHWM") - before
+
+
+def measure_memory(kind, pictures, layers=4, width=WIDTHS, tiny=False):
+    """`measure_memory_here` in a process of its own; None where the system does not tell."""
+    specification = json.dumps([kind, pictures, layers, width, tiny])
+    run = subprocess.run([sys.executable, __file__, "--memory", specification], capture_output=True, text=True)
+    if run.returncode:
+        print(run.stderr[-500:], file=sys.stderr)
+        return None
+    return float(run.stdout.split()[-1])
+
+
+def ratio(x, y):
+    return "-" if x is None or y is None else f"{x / y:.2f}"
+
+
+def megabytes(x):
+    return "-" if x is None else f"{x:,.0f} MB"
+
+
+def table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def report(results):
+    """Markdown."""
+    parts = ["Time to first token and peak memory (beyond weights and inputs) against Qwen3-VL:\n"]
+    rows = [
+        [name, r["tokens"], f"{r['neo']:.2f} s", f"{r['qwen']:.2f} s", ratio(r["neo"], r["qwen"])]
+        for name, r in results["first token"].items()
+    ]
+    memory = results["memory"]
+    rows.append(["memory, one picture", "", *map(megabytes, memory["peer"]), ratio(*memory["peer"])])
+    parts.append(table(["", "tokens", "NEO", "Qwen3-VL", "ratio"], rows))
+
+    parts.append("Prefill; the ideal is its operations at the rate of matrix products in the same rounds:\n")
+    rows = []
+    for tokens, r in results["prefill"].items():
+        eager = r.get("eager")
+        figures = [f"{r['neo']:.2f} s", f"{r['ideal']:.2f} s", ratio(r["neo"], r["ideal"])]
+        rate = f"{r['rate'] / 1e9:.0f} GFLOP/s"
+        rows.append(
+            [tokens, r["layers"], *figures, f"{eager:.2f} s" if eager else "-", ratio(eager, r["ideal"]), rate]
+        )
+    header = ["tokens", "layers", "NEO", "ideal", "ratio", "eager", "eager / ideal", "matrix products"]
+    parts.append(table(header, rows))
+
+    parts.append("Memory of a prefill beyond weights and inputs:\n")
+    rows = [
+        ["4K tokens: NEO, eager", *map(megabytes, memory["eager"]), ratio(*memory["eager"])],
+        ["32K tokens, 16K tokens (a narrow layer)", *map(megabytes, memory["long"]), ratio(*memory["long"])],
+    ]
+    parts.append(table(["", "", "", "ratio"], rows))
+
+    parts.append("A decoding step:\n")
+    rows = [
+        [n, *(f"{1e3 * r[x]:.1f} ms" for x in ("neo", "eager", "qwen")), ratio(r["neo"], r["eager"])]
+        for n, r in results["decoding"].items()
+    ]
+    short, long = results["decoding"].values()
+    rows.append(["ratio", *(ratio(long[x], short[x]) for x in ("neo", "eager", "qwen")), ""])
+    parts.append(table(["cached tokens", "NEO", "eager", "Qwen3-VL", "NEO / eager"], rows))
+
+    parts.append("Patch embedding, share of the rate of matrix products:\n")
+    rows = [[n, f"{1e3 * r['seconds']:.0f} ms", f"{r['share']:.2f}"] for n, r in results["patch embedding"].items()]
+    parts.append(table(["pictures", "time", "share"], rows))
+
+    r = results["training"]
+    parts.append(
+        f"Training, forward and backward, 8 documents of 32 to 1,024 tokens ({r['share']:.0%} of a padded batch); the "
+        "ideal is the padded batch's speed over that share:\n"
+    )
+    row = [*(f"{r[x]:,.0f}" for x in ("packed", "padded", "ideal")), ratio(r["packed"], r["ideal"])]
+    parts.append(table(["packed tokens/s", "padded tokens/s", "ideal", "packed / ideal"], [row]))
+    return "\n".join(parts)
+
+
+def plot(results, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.8))
+    prefill = results["prefill"]
+    for i, name in enumerate(("ideal", "neo", "eager")):
+        bars = [(x + 0.27 * i, r[name] / r["ideal"]) for x, r in enumerate(prefill.values()) if name in r]
+        left.bar(*zip(*bars, strict=True), width=0.25, label=name)
+    left.set_xticks([x + 0.27 for x in range(len(prefill))], [f"{n:,}" for n in prefill])
+    left.set(title="Prefill, time / ideal", xlabel="tokens")
+    left.legend()
+    for panel, title, cases, names in (
+        (middle, "Time to first token, s", results["first token"], ("neo", "qwen")),
+        (right, "Decoding step, s", results["decoding"], ("neo", "eager", "qwen")),
+    ):
+        for i, name in enumerate(names):
+            panel.bar([x + 0.27 * i for x in range(len(cases))], [r[name] for r in cases.values()], 0.25, label=name)
+        panel.set_xticks([x + 0.27 for x in range(len(cases))], [str(case) for case in cases], fontsize=8)
+        panel.set(title=title)
+        panel.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--append", type=Path, help="file that the results are added to")
+    parser.add_argument("--tiny", action="store_true", help="see that it runs")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory:
+        print(measure_memory_here(*json.loads(arguments.memory)))
+        return
+
+    transformers.logging.set_verbosity_error()
+    tiny = arguments.tiny
+    parts = {
+        "first token": lambda: measure_first_token(tiny),
+        "prefill": lambda: measure_prefill(tiny),
+        "decoding": lambda: measure_decoding(tiny),
+        "patch embedding": lambda: measure_patch_embedding(tiny),
+        "training": lambda: measure_training(tiny),
+        "memory": lambda: {
+            "peer": [measure_memory(kind, 1, tiny=tiny) for kind in ("neo", "qwen")],
+            "eager": [measure_memory(kind, 4, 1, tiny=tiny) for kind in ("neo", "eager")],
+            "long": [measure_memory("neo", pictures, 1, NARROW, tiny) for pictures in (32, 16)],
+        },
+    }
+    results = {}
+    for name in (progress := tqdm(parts)):
+        progress.set_description(name)
+        results[name] = parts[name]()
+
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    date = datetime.date.today().isoformat()
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    text = f"## {date}, {device}\n\n{platform.machine()}, {str(DTYPE).removeprefix('torch.')}, {versions}.\n\n"
+    text += f"### Speed (`speed.py`)\n\n{report(results)}"
+    print(text)
+    if arguments.append:
+        picture = arguments.append.with_name(f"speed-{date}-{DEVICE}.png")
+        plot(results, picture)
+        with arguments.append.open("a") as file:
+            file.write(f"\n{text}\n![Prefill, time to first token, decoding]({picture.name})\n")
+
+
+if __name__ == "__main__":
+    main()

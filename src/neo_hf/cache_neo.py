@@ -1,0 +1,72 @@
+"""A key/value cache that grows by copying only what is new."""
+
+from .configuration_neo import NeoTextConfig
+
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.utils.import_utils import is_tracing
+
+
+@dataclass
+class _Buffers:
+    keys: torch.Tensor  # (B, K, places, D)
+    values: torch.Tensor
+    used: int = 0  # places that hold something, of this layer or of a copy of it
+
+
+class GrowingLayer(DynamicLayer):
+    """
+    A `DynamicLayer` whose tensors are views of buffers with room to spare, where it would copy all that is cached at
+    every step. What is cached never changes: layers that share buffers (`copy.copy`), or were cut back, move to
+    buffers of their own where the next place is taken.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    _buffers: _Buffers | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        length = self.get_seq_length()
+        in_step = not length or self.keys.shape[:2] == key_states.shape[:2]
+        if torch.is_grad_enabled() or is_tracing(key_states) or not in_step:
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = length + key_states.shape[-2]
+        buffers = self._buffers
+        if buffers is None or not self._can_append(buffers, length, end):
+            places = end + max(end // 8, 128)
+            keys, values = (x.new_empty(*x.shape[:2], places, x.shape[-1]) for x in (key_states, value_states))
+            buffers = self._buffers = _Buffers(keys, values)
+            if length:
+                buffers.keys[:, :, :length], buffers.values[:, :, :length] = self.keys, self.values
+        buffers.keys[:, :, length:end], buffers.values[:, :, length:end] = key_states, value_states
+        buffers.used = end
+        self.keys, self.values = buffers.keys[:, :, :end], buffers.values[:, :, :end]
+        return self.keys, self.values
+
+    def _can_append(self, buffers: _Buffers, length: int, end: int) -> bool:
+        return (
+            buffers.used == length
+            and end <= buffers.keys.shape[2]
+            # Reordered, repeated or replaced tensors are no longer those of the buffers.
+            and self.keys.data_ptr() == buffers.keys.data_ptr()
+            and self.values.data_ptr() == buffers.values.data_ptr()
+            and (torch.is_inference_mode_enabled() or not buffers.keys.is_inference())
+        )
+
+    def reset(self):
+        super().reset()
+        self._buffers = None
+
+
+class NeoCache(DynamicCache):
+    """A `DynamicCache` of `GrowingLayer`s."""
+
+    def __init__(self, config: NeoTextConfig):
+        super().__init__(config=config)
+        self.layers = [GrowingLayer() for _ in range(config.num_hidden_layers)]
