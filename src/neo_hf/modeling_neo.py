@@ -17,7 +17,7 @@ K key/value heads, d head_dim; P patches and V visual tokens of N pictures.
 
 from .configuration_neo import NeoConfig, NeoTextConfig, NeoVisionConfig
 from .generation_neo import NeoGenerationMixin
-from .indexing_neo import allocate_position_ids, check_grid, place_in_grids
+from .indexing_neo import allocate_position_ids, check_grid, place_in_grids, without_time
 from .masking_neo import attention_implementation, create_neo_mask
 
 import math
@@ -467,6 +467,7 @@ class NeoModel(NeoPreTrainedModel):
         image_grid_hw: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_grid_thw: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> NeoModelOutputWithPast:
@@ -481,6 +482,7 @@ class NeoModel(NeoPreTrainedModel):
             image_grid_hw: (N, 2) (rows, columns) of each picture in patches.
             document_ids: (B, L), equal on the tokens of one document of a packed row, different for neighbours.
             mm_encoder_outputs: `{"image": ...}` from `get_image_features`, in place of `pixel_values`.
+            image_grid_thw: (N, 3) (1, rows, columns), in place of `image_grid_hw`, as TRL's GRPO carries grids.
 
         Raises:
             ValueError: inputs that exclude each other, pictures and image tokens that do not match in number, grids
@@ -490,6 +492,11 @@ class NeoModel(NeoPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if document_ids is not None and past_key_values is not None:
             raise ValueError("document_ids describe whole packed rows, which cannot follow past_key_values.")
+        if image_grid_thw is not None:
+            image_grid_hw = without_time(image_grid_thw)
+        for name in ("output_hidden_states", "output_attentions"):
+            if getattr(self.config, name):  # the decoder looks into its own configuration only
+                kwargs.setdefault(name, True)
         image_features = (mm_encoder_outputs or {}).get("image")
         if image_features is not None and pixel_values is not None:
             raise ValueError("Give either pixel_values or mm_encoder_outputs['image'], not both.")
