@@ -251,9 +251,11 @@ class NeoPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": NeoDecoderLayer, "attentions": NeoAttention}
 
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, NeoPatchProjection):  # PyTorch's own default for Conv2d
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            bound = 1 / math.sqrt(module.weight[0].numel())
+        if isinstance(module, NeoPatchProjection):
+            # PyTorch's own default for Conv2d, in proportion where another initializer_range than the default is asked.
+            scale = self.config.get_text_config().initializer_range / NeoTextConfig.initializer_range
+            bound = scale / math.sqrt(module.weight[0].numel())
+            init.uniform_(module.weight, -bound, bound)
             init.uniform_(module.bias, -bound, bound)
         else:
             super()._init_weights(module)
@@ -395,6 +397,8 @@ class NeoModel(NeoPreTrainedModel):
         if len(image_grid_hw) == 0:  # as collators make of samples without pictures
             return BaseModelOutputWithPooling(last_hidden_state=pixel_values, pooler_output=())
         features, tokens = self.patch_embed(pixel_values, image_grid_hw)
+        if is_tracing(tokens):  # a graph that tells pictures apart would be one for their number
+            return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=(tokens,))
         sizes = (image_grid_hw.prod(-1) // self.config.vision_config.spatial_merge_size**2).tolist()
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=tokens.split(sizes))
 
@@ -546,6 +550,7 @@ class NeoModel(NeoPreTrainedModel):
             past_key_values=past_key_values,
             document_ids=document_ids,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         is_prompt = is_new_sequence or inputs_embeds.shape[1] > 1
@@ -671,6 +676,7 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
             document_ids=document_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))

@@ -117,6 +117,7 @@ class NeoProcessor(ProcessorMixin):
         super().__init__(
             image_processor, tokenizer, video_processor, chat_template=chat_template or CHAT_TEMPLATE, **kwargs
         )
+        self.auto_map = {"AutoProcessor": "processing_neo.NeoProcessor"}  # as saving sets it, but loading does not
         self.image_token_id = self._token_id(self.image_context_token)
         self.image_start_token_id = self._token_id(self.image_start_token)
         self.image_end_token_id = self._token_id(self.image_end_token)
