@@ -394,7 +394,7 @@ class NeoModel(NeoPreTrainedModel):
                 f"pixel_values {tuple(pixel_values.shape)} need image_grid_hw, (rows, columns) of each picture in "
                 "patches; the processor returns both."
             )
-        if len(image_grid_hw) == 0:  # as collators make of samples without pictures
+        if image_grid_hw.shape[0] == 0:  # as collators make of samples without pictures
             return BaseModelOutputWithPooling(last_hidden_state=pixel_values, pooler_output=())
         features, tokens = self.patch_embed(pixel_values, image_grid_hw)
         if is_tracing(tokens):  # a graph that tells pictures apart would be one for their number
