@@ -1,4 +1,4 @@
-"""The Trainer, TRL and PEFT on a folder in Hub format: they learn, and what they save loads through the Auto classes."""
+"""The Trainer, TRL and PEFT learn, and what they save loads through the Auto classes."""
 
 import copy
 
@@ -41,7 +41,10 @@ def pictures(photographs):
 def test_trainer(hub_folder, real_vocabulary_model, processor, pictures, tmp_path):
     """A collator of one processor call and labels."""
     conversations = [
-        [picture_message(*pictures[: 1 + i % 2], text=f"What is {i}?"), {"role": "assistant", "content": f"It is {i}."}]
+        [
+            picture_message(*pictures[: 1 + i % 2], text=f"What is {i}?"),
+            {"role": "assistant", "content": f"It is {i}."},
+        ]
         for i in range(4)
     ]
 

@@ -94,7 +94,7 @@ def test_tied_weights(tied, tmp_path):
 def test_other_sizes_are_replaced_on_demand(tmp_path):
     build().save_pretrained(tmp_path)
     config = tiny_config(text_config={"intermediate_size": 80})
-    with pytest.raises(RuntimeError, match="size mismatch|mismatch"):
+    with pytest.raises(RuntimeError, match="mismatch"):
         NeoForConditionalGeneration.from_pretrained(tmp_path, config=config)
     model, info = NeoForConditionalGeneration.from_pretrained(
         tmp_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True
@@ -411,7 +411,12 @@ def test_processor_inputs(processor):
     assert set(inputs) == set(processor.model_input_names)
     same = [
         processor(images=pictures, text=["<image>Hm?"], return_tensors="pt")
-        for pictures in ([picture], [[picture]], np.array(picture), torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+        for pictures in (
+            [picture],
+            [[picture]],
+            np.array(picture),
+            torch.from_numpy(np.array(picture)).permute(2, 0, 1),
+        )
     ]
     for other in same:
         assert all(torch.equal(inputs[name], other[name]) for name in inputs)

@@ -141,9 +141,7 @@ AUTO = torch.export.Dim.AUTO
 
 
 def with_position_ids(model, inputs):
-    position_ids = model.model.get_position_ids(
-        inputs["input_ids"], inputs["image_grid_hw"], inputs["attention_mask"]
-    )
+    position_ids = model.model.get_position_ids(inputs["input_ids"], inputs["image_grid_hw"], inputs["attention_mask"])
     return inputs | {"position_ids": position_ids, "use_cache": False}
 
 
@@ -160,7 +158,11 @@ def test_export_of_the_prefill(reference, prompts):
         "use_cache": None,
     }
     program = torch.export.export(reference, (), inputs, dynamic_shapes=shapes, strict=False).module()
-    for others in (inputs, with_position_ids(reference, batch(prompts)), with_position_ids(reference, one(prompts[2]))):
+    for others in (
+        inputs,
+        with_position_ids(reference, batch(prompts)),
+        with_position_ids(reference, one(prompts[2])),
+    ):
         torch.testing.assert_close(logits(program, others), logits(reference, others), rtol=0, atol=1e-4)
 
 
@@ -209,9 +211,7 @@ def test_compiled_decoding(reference, prompts):
             mask = F.pad(mask, (0, 1), value=1)
             position_ids = reference.model.get_position_ids(found[-1], None, mask, cache)
             full = F.pad(mask, (0, 64 - mask.shape[1]))
-            outputs = step(
-                input_ids=found[-1], attention_mask=full, position_ids=position_ids, past_key_values=cache
-            )
+            outputs = step(input_ids=found[-1], attention_mask=full, position_ids=position_ids, past_key_values=cache)
             found.append(outputs.logits[:, -1:].argmax(-1))
     assert torch.equal(torch.cat(found, 1), expected[:, -4:])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -127,9 +127,9 @@ def test_freezing_by_name(model, inputs):
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     layers = range(3)
-    assert trained == {f"model.language_model.layers.{i}.self_attn.{qk}_proj_hw.weight" for i in layers for qk in "qk"} | {
-        f"model.patch_embed.{part}_embedding.{kind}" for part in ("patch", "dense") for kind in ("weight", "bias")
-    }
+    assert trained == {
+        f"model.language_model.layers.{i}.self_attn.{qk}_proj_hw.weight" for i in layers for qk in "qk"
+    } | {f"model.patch_embed.{part}_embedding.{kind}" for part in ("patch", "dense") for kind in ("weight", "bias")}
     assert all(model.get_parameter(name).grad.any() for name in trained)
 
 

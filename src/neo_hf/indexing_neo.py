@@ -199,7 +199,9 @@ def without_time(grid_thw: torch.Tensor) -> torch.Tensor:
         ValueError: one has several times; frames of a video are pictures of their own.
     """
     if not is_tracing(grid_thw) and not (grid_thw[:, 0] == 1).all():
-        raise ValueError(f"image_grid_thw must be (1, rows, columns) for each picture or frame, got {grid_thw.tolist()}.")
+        raise ValueError(
+            f"image_grid_thw must be (1, rows, columns) for each picture or frame, got {grid_thw.tolist()}."
+        )
     return grid_thw[:, 1:]
 
 

@@ -252,7 +252,7 @@ class NeoPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module):
         if isinstance(module, NeoPatchProjection):
-            # PyTorch's own default for Conv2d, in proportion where another initializer_range than the default is asked.
+            # PyTorch's own default for Conv2d; another initializer_range than the default scales it alike.
             scale = self.config.get_text_config().initializer_range / NeoTextConfig.initializer_range
             bound = scale / math.sqrt(module.weight[0].numel())
             init.uniform_(module.weight, -bound, bound)

@@ -390,19 +390,17 @@ def open_video(path: str | os.PathLike) -> "VideoFile":
         ValueError: it cannot be read as a video; names the file and the reason.
     """
     backend: type[VideoFile] = DecordFile if _backend() == "decord" else PyAVFile
-    source: str | io.BytesIO = str(path)
-    if is_data := source.startswith("data:"):
-        path, encoded = f"{source[:50]}...", source.partition(",")[2]
-    elif not os.path.isfile(path):
-        raise ValueError(f"Cannot read the video {path}: there is no such file.")
+    source = str(path)
+    is_data = source.startswith("data:")
+    name = f"{source[:50]}..." if is_data else source
+    if not is_data and not os.path.isfile(path):
+        raise ValueError(f"Cannot read the video {name}: there is no such file.")
     try:
-        if is_data:
-            source = io.BytesIO(base64.b64decode(encoded))
-        file = backend(source)
+        file = backend(io.BytesIO(base64.b64decode(source.partition(",")[2])) if is_data else source)
     except Exception as error:  # of every kind
-        raise ValueError(f"Cannot read the video {path}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"Cannot read the video {name}: {type(error).__name__}: {error}") from error
     if not file.metadata.total_num_frames:
-        raise ValueError(f"Cannot read the video {path}: it has no frames.")
+        raise ValueError(f"Cannot read the video {name}: it has no frames.")
     return file
 
 
@@ -460,7 +458,7 @@ class PyAVFile(VideoFile):
 
     def __init__(self, source: str | io.BytesIO):
         super().__init__(source)
-        self.container = av.open(source)
+        self.container = av.open(source, "r")
         if not self.container.streams.video:
             raise ValueError("it has no video stream")
         self.stream = self.container.streams.video[0]
