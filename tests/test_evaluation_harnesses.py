@@ -73,13 +73,6 @@ def test_lmms_eval(hub_folder, real_vocabulary_model, processor, photographs, tm
     import datasets
     from lmms_eval.tasks import TaskManager
 
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:  # built for another torch: declare the operators that it looks for; none is called
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
     rows = [{"image": picture, "question": "Hm?", "answer": ""} for picture in photographs]
     datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "data")
     (tmp_path / "task").mkdir()
