@@ -1,4 +1,11 @@
+import contextlib
 import copy
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -164,3 +171,50 @@ def hub_folder(tmp_path_factory, real_vocabulary_model, processor):
     real_vocabulary_model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def picture_message(*pictures, text="Hm?"):
+    """A user's turn with pictures (Pillow) and words."""
+    content = [{"type": "image", "image": picture} for picture in pictures]
+    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+
+
+def greedy_answer(model, processor, messages, new_tokens=5, **kwargs):
+    """The words that `generate()` answers with."""
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **kwargs
+    )
+    output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.fixture(scope="session")
+def server(hub_folder, tmp_path_factory):
+    """Address of `transformers serve` on the folder."""
+    pytest.importorskip("openai")
+    pytest.importorskip("fastapi")
+    home = tmp_path_factory.mktemp("server")
+    (home / "hub").mkdir()  # without it, the list of models is an error
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).with_name("transformers"), "serve", hub_folder, "--trust-remote-code"]
+    with (home / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*map(str, command), "--device", "cpu", "--port", str(port)],
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
+        )
+    try:
+        for _ in range(240):
+            time.sleep(0.5)
+            if process.poll() is not None:
+                break
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://localhost:{port}/health"):
+                break
+        assert process.poll() is None, (home / "log").read_text()
+        yield f"http://localhost:{port}"
+    finally:
+        process.terminate()
+        process.wait()

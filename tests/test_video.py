@@ -1,5 +1,6 @@
 """Videos: which frames, which words, which patches."""
 
+import base64
 import http.server
 import json
 import subprocess
@@ -421,6 +422,19 @@ def test_unreadable_files(tmp_path, clips, monkeypatch):
     monkeypatch.setattr(video_processing_neo, "is_av_available", lambda: False)
     with pytest.raises(ImportError, match="needs decord or PyAV"):
         NeoVideoProcessor()(clips / "bikes.mp4")
+
+
+@pytest.mark.parametrize("backend", ["decord", "pyav"])
+def test_data_uri(clips, monkeypatch, backend):
+    """As servers are sent videos."""
+    monkeypatch.setattr(video_processing_neo, "is_decord_available", lambda: backend == "decord")
+    uri = "data:video/mp4;base64," + base64.b64encode((clips / "bikes.mp4").read_bytes()).decode()
+    expected = NeoVideoProcessor()(clips / "bikes.mp4", num_frames=3)
+    assert np.array_equal(NeoVideoProcessor()(uri, num_frames=3)["pixel_values"], expected["pixel_values"])
+    with pytest.raises(ValueError, match=r"Cannot read the video data:video/mp4;base64,.{0,40}\.\.\.: "):
+        NeoVideoProcessor()(uri[: len(uri) // 2])
+    with pytest.raises(ValueError, match="Cannot read the video data:"):
+        NeoVideoProcessor()("data:video/mp4;base64,####")
 
 
 def test_url(clips):

@@ -18,10 +18,14 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-# `transformers serve` finds a class that it does not know by this mapping of model types only.
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+# `transformers serve` and others ask these mappings of names what a class that they do not know can do.
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
-MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("neo", "NeoForConditionalGeneration")
+for mapping_names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+    mapping_names.setdefault("neo", "NeoForConditionalGeneration")
 
 AUTO_MAP = {
     "AutoConfig": "configuration_neo.NeoConfig",

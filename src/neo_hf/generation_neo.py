@@ -6,7 +6,7 @@ them. Nothing about a sequence is kept on the model.
 
 from .cache_neo import NeoCache
 from .configuration_neo import NeoConfig  # noqa: F401  (imported first: it refuses an unsupported transformers)
-from .indexing_neo import spatial_index, temporal_index
+from .indexing_neo import spatial_index, temporal_index, without_time
 from .masking_neo import create_neo_mask
 
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 class NeoGenerationMixin(GenerationMixin):
     """`GenerationMixin` for a model with three-dimensional indices and pictures that are bidirectional inside."""
+
+    def generate(self, *args, image_grid_thw: torch.Tensor | None = None, **kwargs):
+        """As `GenerationMixin.generate`; `image_grid_thw` (N, 3) may stand in for `image_grid_hw` (see `NeoModel`)."""
+        if image_grid_thw is not None:
+            kwargs["image_grid_hw"] = without_time(image_grid_thw)
+        return super().generate(*args, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
         input_ids = model_kwargs.get("input_ids")

@@ -98,7 +98,7 @@ def place_in_grids(rank: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor
     """
     sizes = grid.prod(-1)
     ends = sizes.cumsum(0)
-    number = torch.searchsorted(ends, rank, right=True).clamp(max=len(sizes) - 1)
+    number = torch.searchsorted(ends[:-1], rank, right=True)
     offset = rank - (ends - sizes)[number]
     columns = grid[:, 1][number]
     return number, offset // columns, offset % columns
@@ -189,6 +189,20 @@ def picture_ids(temporal: torch.Tensor, document_ids: torch.Tensor | None = None
     with_previous, with_next = F.pad(joined, (1, 0)), F.pad(joined, (0, 1))
     run = (~with_previous).cumsum(-1)
     return torch.where(with_previous | with_next, run, -1)
+
+
+def without_time(grid_thw: torch.Tensor) -> torch.Tensor:
+    """
+    Grids (N, 3) of (1, rows, columns), as clients of other models carry them, as (N, 2).
+
+    Raises:
+        ValueError: one has several times; frames of a video are pictures of their own.
+    """
+    if not is_tracing(grid_thw) and not (grid_thw[:, 0] == 1).all():
+        raise ValueError(
+            f"image_grid_thw must be (1, rows, columns) for each picture or frame, got {grid_thw.tolist()}."
+        )
+    return grid_thw[:, 1:]
 
 
 __all__ = ["allocate_position_ids"]

@@ -19,7 +19,7 @@ from .attention_neo import can_compile_kernels, neo_attention_forward
 from .cache_neo import NeoCache
 from .configuration_neo import NeoConfig, NeoTextConfig, NeoVisionConfig
 from .generation_neo import NeoGenerationMixin
-from .indexing_neo import allocate_position_ids, check_grid, place_in_grids
+from .indexing_neo import allocate_position_ids, check_grid, place_in_grids, without_time
 from .loss_neo import next_token_targets, target_weights, weighted_cross_entropy
 from .masking_neo import create_neo_mask
 
@@ -293,9 +293,11 @@ class NeoPreTrainedModel(PreTrainedModel):
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, NeoPatchProjection):  # PyTorch's own default for Conv2d
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            bound = 1 / math.sqrt(module.weight[0].numel())
+        if isinstance(module, NeoPatchProjection):
+            # PyTorch's own default for Conv2d; another initializer_range than the default scales it alike.
+            scale = self.config.get_text_config().initializer_range / NeoTextConfig.initializer_range
+            bound = scale / math.sqrt(module.weight[0].numel())
+            init.uniform_(module.weight, -bound, bound)
             init.uniform_(module.bias, -bound, bound)
         else:
             super()._init_weights(module)
@@ -434,9 +436,11 @@ class NeoModel(NeoPreTrainedModel):
                 f"pixel_values {tuple(pixel_values.shape)} need image_grid_hw, (rows, columns) of each picture in "
                 "patches; the processor returns both."
             )
-        if len(image_grid_hw) == 0:  # as collators make of samples without pictures
+        if image_grid_hw.shape[0] == 0:  # as collators make of samples without pictures
             return BaseModelOutputWithPooling(last_hidden_state=pixel_values, pooler_output=())
         features, tokens = self.patch_embed(pixel_values, image_grid_hw)
+        if is_tracing(tokens):  # a graph that tells pictures apart would be one for their number
+            return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=(tokens,))
         sizes = (image_grid_hw.prod(-1) // self.config.vision_config.spatial_merge_size**2).tolist()
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=tokens.split(sizes))
 
@@ -509,6 +513,7 @@ class NeoModel(NeoPreTrainedModel):
         image_grid_hw: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_grid_thw: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> NeoModelOutputWithPast:
@@ -523,6 +528,7 @@ class NeoModel(NeoPreTrainedModel):
             image_grid_hw: (N, 2) (rows, columns) of each picture in patches.
             document_ids: (B, L), equal on the tokens of one document of a packed row, different for neighbours.
             mm_encoder_outputs: `{"image": ...}` from `get_image_features`, in place of `pixel_values`.
+            image_grid_thw: (N, 3) (1, rows, columns), in place of `image_grid_hw`, as TRL's GRPO carries grids.
 
         Raises:
             ValueError: inputs that exclude each other, pictures and image tokens that do not match in number, grids
@@ -532,6 +538,11 @@ class NeoModel(NeoPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if document_ids is not None and past_key_values is not None:
             raise ValueError("document_ids describe whole packed rows, which cannot follow past_key_values.")
+        if image_grid_thw is not None:
+            image_grid_hw = without_time(image_grid_thw)
+        for name in ("output_hidden_states", "output_attentions"):
+            if getattr(self.config, name):  # the decoder looks into its own configuration only
+                kwargs.setdefault(name, True)
         image_features = (mm_encoder_outputs or {}).get("image")
         if image_features is not None and pixel_values is not None:
             raise ValueError("Give either pixel_values or mm_encoder_outputs['image'], not both.")
@@ -589,6 +600,7 @@ class NeoModel(NeoPreTrainedModel):
             past_key_values=past_key_values,
             document_ids=document_ids,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         is_prompt = is_new_sequence or inputs_embeds.shape[1] > 1
@@ -757,6 +769,7 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
             document_ids=document_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)

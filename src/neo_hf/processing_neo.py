@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
@@ -73,11 +74,16 @@ class NeoVideosKwargs(NeoVideoProcessorKwargs, total=False):
 class NeoProcessorKwargs(ProcessingKwargs, total=False):
     r"""
     return_position_ids (`bool`, *optional*, defaults to `False`):
-        Whether to return the T, H and W indices as `position_ids` (3, B, L); needs `return_tensors="pt"`.
+        Whether to return the T, H and W indices as `position_ids` (3, B, L); needs `return_tensors="pt"`. Can also be
+        set on the processor, as can the next one.
+    return_image_grid_thw (`bool`, *optional*, defaults to `False`):
+        Whether to return grids as `image_grid_thw` (N, 3), (1, rows, columns), in place of `image_grid_hw`, as clients
+        want them that cut `pixel_values` by grids themselves (TRL's GRPO).
     """
 
     videos_kwargs: NeoVideosKwargs  # type: ignore[misc]  # as in transformers' own processors
     return_position_ids: bool
+    return_image_grid_thw: bool
 
 
 class NeoProcessor(ProcessorMixin):
@@ -96,6 +102,7 @@ class NeoProcessor(ProcessorMixin):
     valid_processor_kwargs: Any = NeoProcessorKwargs
     text_kwargs = {"padding": True}
     return_position_ids = False
+    return_image_grid_thw = False
 
     def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, **kwargs):
         self.image_token = "<image>"
@@ -110,6 +117,7 @@ class NeoProcessor(ProcessorMixin):
         super().__init__(
             image_processor, tokenizer, video_processor, chat_template=chat_template or CHAT_TEMPLATE, **kwargs
         )
+        self.auto_map = {"AutoProcessor": "processing_neo.NeoProcessor"}  # as saving sets it, but loading does not
         self.image_token_id = self._token_id(self.image_context_token)
         self.image_start_token_id = self._token_id(self.image_start_token)
         self.image_end_token_id = self._token_id(self.image_end_token)
@@ -160,7 +168,18 @@ class NeoProcessor(ProcessorMixin):
                 spatial_merge_size=self.image_processor.spatial_merge_size,
                 attention_mask=inputs["attention_mask"],
             )
+        if kwargs.get("return_image_grid_thw", self.return_image_grid_thw) and "image_grid_hw" in inputs:
+            grids = inputs.pop("image_grid_hw")
+            padded = F.pad(torch.as_tensor(grids), (1, 0), value=1)
+            inputs["image_grid_thw"] = padded if isinstance(grids, torch.Tensor) else padded.numpy()
         return inputs
+
+    def apply_chat_template(self, conversation, *args, load_audio_from_video: bool = False, **kwargs):
+        """
+        As the base class. Servers ask for the sound of videos with `load_audio_from_video`, which has no effect: NEO
+        hears nothing.
+        """
+        return super().apply_chat_template(conversation, *args, **kwargs)
 
     def _join_streams(self, inputs: BatchFeature, offsets: list[list[dict]] | None):
         """Put the patches of pictures and of videos in the order of their placeholders, in place."""

@@ -3,6 +3,8 @@
 from .configuration_neo import NeoConfig  # noqa: F401  (imported first: it refuses an unsupported transformers)
 from .image_processing_neo import NeoImageProcessor, load_picture, smart_resize
 
+import base64
+import io
 import math
 import os
 from bisect import bisect_right
@@ -382,20 +384,23 @@ def _backend() -> str:
 
 def open_video(path: str | os.PathLike) -> "VideoFile":
     """
-    Open a video file, with decord, or with PyAV where decord is not installed.
+    Open a video file or a `data:` URI, with decord, or with PyAV where decord is not installed.
 
     Raises:
         ValueError: it cannot be read as a video; names the file and the reason.
     """
     backend: type[VideoFile] = DecordFile if _backend() == "decord" else PyAVFile
-    if not os.path.isfile(path):
-        raise ValueError(f"Cannot read the video {path}: there is no such file.")
+    source = str(path)
+    is_data = source.startswith("data:")
+    name = f"{source[:50]}..." if is_data else source
+    if not is_data and not os.path.isfile(path):
+        raise ValueError(f"Cannot read the video {name}: there is no such file.")
     try:
-        file = backend(str(path))
+        file = backend(io.BytesIO(base64.b64decode(source.partition(",")[2])) if is_data else source)
     except Exception as error:  # of every kind
-        raise ValueError(f"Cannot read the video {path}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"Cannot read the video {name}: {type(error).__name__}: {error}") from error
     if not file.metadata.total_num_frames:
-        raise ValueError(f"Cannot read the video {path}: it has no frames.")
+        raise ValueError(f"Cannot read the video {name}: it has no frames.")
     return file
 
 
@@ -408,8 +413,8 @@ class VideoFile:
 
     metadata: VideoMetadata
 
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, source: str | io.BytesIO):
+        self.name = source if isinstance(source, str) else "given as data"
 
     def _describe(self, total: int, fps: float, height: int, width: int, backend: str):
         self.metadata = VideoMetadata(
@@ -428,7 +433,7 @@ class VideoFile:
                 yield self._frame(index)
             except Exception as error:  # of every kind
                 raise ValueError(
-                    f"Cannot read frame {index} of the video {self.path}: {type(error).__name__}: {error}"
+                    f"Cannot read frame {index} of the video {self.name}: {type(error).__name__}: {error}"
                 ) from error
 
     def _frame(self, index: int) -> np.ndarray:
@@ -438,9 +443,9 @@ class VideoFile:
 class DecordFile(VideoFile):
     """A video file, read with decord."""
 
-    def __init__(self, path: str):
-        super().__init__(path)
-        self.reader = decord.VideoReader(path)
+    def __init__(self, source: str | io.BytesIO):
+        super().__init__(source)
+        self.reader = decord.VideoReader(source)
         height, width, _ = self.reader[0].shape
         self._describe(len(self.reader), float(self.reader.get_avg_fps()), height, width, "decord")
 
@@ -451,9 +456,9 @@ class DecordFile(VideoFile):
 class PyAVFile(VideoFile):
     """A video file, read with PyAV. Its frames are found by their times, which the packets tell without decoding."""
 
-    def __init__(self, path: str):
-        super().__init__(path)
-        self.container = av.open(path)
+    def __init__(self, source: str | io.BytesIO):
+        super().__init__(source)
+        self.container = av.open(source, "r")
         if not self.container.streams.video:
             raise ValueError("it has no video stream")
         self.stream = self.container.streams.video[0]
