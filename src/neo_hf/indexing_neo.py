@@ -98,7 +98,7 @@ def place_in_grids(rank: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor
     """
     sizes = grid.prod(-1)
     ends = sizes.cumsum(0)
-    number = torch.searchsorted(ends[:-1], rank, right=True)
+    number = torch.searchsorted(ends, rank, right=True).clamp(max=sizes.shape[0] - 1)
     offset = rank - (ends - sizes)[number]
     columns = grid[:, 1][number]
     return number, offset // columns, offset % columns
