@@ -44,7 +44,6 @@ def small_tokenizer(tmp_path_factory):
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")),
         eos_token="<|im_end|>",
         pad_token="<pad>",
-        padding_side="right",
     )
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(folder)

@@ -86,7 +86,6 @@ def train_tokenizer(seed: int) -> Qwen2Tokenizer:
         [*corpus, "user", "assistant", "system"] * 2, vocab_size=600, new_special_tokens=["<|im_start|>", "<|im_end|>"]
     )
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
-    tokenizer.padding_side = "left"
     return add_neo_tokens(tokenizer)
 
 

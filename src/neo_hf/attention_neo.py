@@ -56,6 +56,10 @@ class KeyRuns:
         first, last = (x.to(device, non_blocking=non_blocking) for x in (self.first, self.last))
         return KeyRuns(first, last, self.num_keys)
 
+    def contiguous(self) -> "KeyRuns":
+        """As tensors are asked by `generate()`."""
+        return self
+
     @cached_property
     def tiles(self) -> list[tuple[int, int, int, int, int, torch.Tensor | None]]:
         """

@@ -521,7 +521,6 @@ def _make_processor(folder: str | Path, config: NeoConfig, required: bool) -> Ne
             f"The tokenizer has {len(tokenizer)} tokens with NEO's own, but the vocabulary of the model "
             f"{config.text_config.vocab_size}."
         )
-    tokenizer.padding_side = "left"
     processor = NeoProcessor(default_image_processor(config), tokenizer)
     for name in ("image_token_id", "image_start_token_id", "image_end_token_id"):
         known, found = getattr(config, name), getattr(processor, name)

