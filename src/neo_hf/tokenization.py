@@ -58,7 +58,7 @@ QWEN3_NUM_SPECIAL = 14
 
 
 def add_neo_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Append those of NEO's special tokens that `tokenizer` lacks, in place, have it pad on the left, and return it."""
+    """Give `tokenizer` those of NEO's special tokens that it lacks, have it pad on the left, and return it."""
     # An attribute that is set later is not saved.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     tokenizer.add_tokens(
