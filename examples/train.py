@@ -98,7 +98,7 @@ def read(name: str):
 
 def last_checkpoint(folder: str) -> str | None:
     """The last checkpoint that was written to its end: its state, the last file of all, can be read."""
-    states = Path(folder).glob("checkpoint-*/trainer_state.json")
+    states = Path(folder).glob("checkpoint-[0-9]*/trainer_state.json")
     for path in sorted(states, key=lambda path: int(path.parent.name.split("-")[-1]), reverse=True):
         try:
             json.loads(path.read_text())

@@ -1,10 +1,13 @@
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import one, random_prompt
+from conftest import batch, one, random_prompt
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 from transformers import StaticCache
 from transformers.cache_utils import DynamicLayer
 
@@ -97,3 +100,66 @@ def test_a_step_waits_for_nothing(model, kind, monkeypatch):
                 patched.setattr(torch.Tensor, name, refuse)
             found = model(**step, past_key_values=cache).logits
         torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_copies_in_threads_keep_their_own():
+    """Two copies that take the next place at the same time: one of them moves to buffers of its own."""
+    for _ in range(50):
+        layer = GrowingLayer()
+        layer.update(torch.zeros(1, 2, 64, 32), torch.zeros(1, 2, 64, 32))
+        barrier = threading.Barrier(2)
+
+        def add(number, layer=layer, barrier=barrier):
+            fork, states = copy.copy(layer), torch.full((1, 2, 64, 32), float(number))
+            barrier.wait()
+            fork.update(states, states)
+            return fork.keys[:, :, 64:].unique().tolist()
+
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(add, (1, 2))) == [[1.0], [2.0]]
+
+
+@torch.no_grad()
+def test_selected_rows_move_to_buffers_of_their_own():
+    layer, reference = GrowingLayer(), DynamicLayer()
+    states = torch.randn(3, 2, 4, 8)
+    for x in (layer, reference):
+        x.update(states, states)
+        x.batch_select_indices(slice(0, 2))
+        x.update(states[:2], states[:2])
+    assert torch.equal(layer.keys, reference.keys)
+
+
+@torch.no_grad()
+def test_indices_follow_reordered_rows(model):
+    """Rows of a cache that trade places take along where their T index goes on."""
+    generator = torch.Generator().manual_seed(3)
+    prompts = [random_prompt(generator, [(2, 3)]), random_prompt(generator, [(1, 2), (4, 4)])]
+    inputs, cache = batch(prompts), NeoCache(model.config.text_config)
+    model(**inputs, past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    token = torch.tensor([[7], [8]])
+    mask = F.pad(inputs["attention_mask"].flip(0), (0, 1), value=1)
+    found = model(input_ids=token, attention_mask=mask, past_key_values=cache).logits
+    whole = batch([(torch.cat([prompts[i][0], t]), *prompts[i][1:]) for i, t in zip((1, 0), token, strict=True)])
+    torch.testing.assert_close(found, model(**whole).logits[:, -1:], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_token_by_token(model):
+    """A row whose first steps are padding alone leaves nothing in the cache that is not a number."""
+    prompts = [random_prompt(torch.Generator().manual_seed(i), [], text=length) for i, length in enumerate((6, 3))]
+    inputs, cache = batch(prompts), NeoCache(model.config.text_config)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    steps = [
+        model(
+            input_ids=ids[:, i : i + 1],
+            attention_mask=mask[:, : i + 1],
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, i : i + 1],
+            past_key_values=cache,
+        ).logits
+        for i in range(6)
+    ]
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(torch.cat(steps, 1)[mask == 1], expected[mask == 1], rtol=0, atol=1e-4)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import GOLDEN, IMAGE, load_golden_model, random_model, random_prompt, tiny_config
+from conftest import GOLDEN, IMAGE, batch, load_golden_model, random_model, random_prompt, tiny_config
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
@@ -322,3 +322,39 @@ def test_stops_at_a_loss_that_is_no_number(tiny, tmp_path):
     assert "sample 5" in str(error.value)
     assert len(re.findall(r"sample \d", str(error.value))) == 2
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_side_of_padding(tiny, skip_logits):
+    """Padding predicts nothing: the first token of a row does not count, whichever side the padding is on."""
+    generator = torch.Generator().manual_seed(4)
+    prompts = [random_prompt(generator, [(2, 3)]), random_prompt(generator, [], text=4)]
+    found = []
+    for side in ("left", "right"):
+        inputs = batch(prompts, side)
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        found.append(tiny(**inputs, labels=labels, skip_logits=skip_logits).loss)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+
+
+def test_labels_need_all_logits(tiny):
+    ids = torch.tensor([[5, 6, 7]])
+    with pytest.raises(ValueError, match="labels of 3 tokens need the logits of all of them, but logits_to_keep=1"):
+        tiny(input_ids=ids, labels=ids, logits_to_keep=1)
+
+
+def test_own_loss_function_and_metrics(tiny, tmp_path):
+    """A loss of the user's gets logits; predictions are logits alone, whether a batch has pictures or not."""
+    seen = []
+
+    def own_loss(outputs, labels, num_items_in_batch=None):
+        seen.append(outputs.logits.shape)
+        return outputs.logits.float().mean()
+
+    arguments = training_arguments(tmp_path, max_steps=1)
+    NeoTrainer(copy.deepcopy(tiny), arguments, collate, make_samples(), compute_loss_func=own_loss).train()
+    assert seen
+    predictions = NeoTrainer(copy.deepcopy(tiny), arguments, collate, eval_dataset=make_samples()).predict(
+        make_samples()
+    )
+    assert predictions.predictions.ndim == 3

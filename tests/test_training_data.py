@@ -324,6 +324,21 @@ def test_bad_sources(tmp_path, monkeypatch, arguments, error, message):
         Source(**arguments)
 
 
+def test_a_source_that_goes_bad_raises(processor):
+    class Disk(list):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            if self.reads > 2:
+                raise OSError("disk gone")
+            return super().__getitem__(index)
+
+    stream = SampleStream([Source(Disk(texts(5)))], processor)
+    with pytest.raises(ValueError, match="the last 5 records are bad, the last one: disk gone"):
+        list(islice(stream, 30))
+
+
 def test_a_source_of_bad_records_raises(processor, tmp_path):
     path = write_jsonl(tmp_path / "bad.jsonl", [chat("Hi"), "{", chat("Hi")])
     expected = "bad.jsonl: all of the 3 records read are bad, the last one: .*(assistant turn|double quotes)"

@@ -1,9 +1,9 @@
 """A small world to look at: coloured shapes and digits, drawn on the fly, with questions and their answers.
 
 A scene has up to four shapes, one per quadrant, at places that are multiples of `SNAP` pixels. Every task makes
-samples as chat messages whose pictures are Pillow images. Scenes are split by a hash of their description: those of
-the test split never occur in training. Handwritten digits come from scikit-learn's set, the last fifth of it for the
-test split.
+samples as chat messages whose pictures are Pillow images. Scenes are split by a hash of their description: training
+never asks about those of the test split. (As the second picture of a pair or a frame of a clip, one can occur.)
+Handwritten digits come from scikit-learn's set, the last fifth of it for the test split.
 """
 
 import functools

@@ -17,6 +17,7 @@ from functools import cache, cached_property
 from itertools import pairwise
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._triton import has_triton
@@ -134,8 +135,9 @@ class TiledAttention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     @torch.autocast("cpu", enabled=False)
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output):  # type: ignore[override]
         inputs = ctx.saved_tensors
         query, key, value = inputs
         grads = [torch.zeros_like(_widen(x), memory_format=torch.contiguous_format) for x in inputs]
@@ -187,7 +189,8 @@ def attend_one_query(
     query = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # (B, K, A / K, D)
     scores = (query * scale) @ key.transpose(2, 3)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        # Finite: a padded row that sees nothing yet would be NaN, and so would be all that it leaves in the cache.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     return (weights @ value).flatten(1, 2)[:, None]
 

@@ -2,11 +2,15 @@
 
 from .configuration_neo import NeoTextConfig
 
+import threading
 from dataclasses import dataclass
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.utils.import_utils import is_tracing
+
+# Copies of a layer in several threads share buffers. On no layer, which must be copied and pickled.
+_claiming = threading.Lock()
 
 
 @dataclass
@@ -38,22 +42,30 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         end = length + key_states.shape[-2]
         buffers = self._buffers
-        if buffers is None or not self._can_append(buffers, length, end):
+        if buffers is None or not self._claim(buffers, length, end):
             places = end + max(end // 8, 128)
             keys, values = (x.new_empty(*x.shape[:2], places, x.shape[-1]) for x in (key_states, value_states))
-            buffers = self._buffers = _Buffers(keys, values)
+            buffers = self._buffers = _Buffers(keys, values, used=end)
             if length:
                 buffers.keys[:, :, :length], buffers.values[:, :, :length] = self.keys, self.values
         buffers.keys[:, :, length:end], buffers.values[:, :, length:end] = key_states, value_states
-        buffers.used = end
         self.keys, self.values = buffers.keys[:, :, :end], buffers.values[:, :, :end]
         return self.keys, self.values
+
+    def _claim(self, buffers: _Buffers, length: int, end: int) -> bool:
+        """Take places [length, end) for this layer, if they are free and follow what it holds."""
+        with _claiming:
+            if not self._can_append(buffers, length, end):
+                return False
+            buffers.used = end
+            return True
 
     def _can_append(self, buffers: _Buffers, length: int, end: int) -> bool:
         return (
             buffers.used == length
             and end <= buffers.keys.shape[2]
-            # Reordered, repeated or replaced tensors are no longer those of the buffers.
+            # Reordered, repeated, selected or replaced tensors are no longer those of the buffers.
+            and self.keys.shape[:2] == buffers.keys.shape[:2]
             and self.keys.data_ptr() == buffers.keys.data_ptr()
             and self.values.data_ptr() == buffers.values.data_ptr()
             and (torch.is_inference_mode_enabled() or not buffers.keys.is_inference())
@@ -65,8 +77,30 @@ class GrowingLayer(DynamicLayer):
 
 
 class NeoCache(DynamicCache):
-    """A `DynamicCache` of `GrowingLayer`s."""
+    """
+    A `DynamicCache` of `GrowingLayer`s.
+
+    rope_deltas: (B, 1) int64, what to add to a row's length for the next T index; set by the model. It follows when
+    rows are moved, repeated or selected. Cropping leaves it, which is right as long as no picture is cut off.
+    """
+
+    rope_deltas: torch.Tensor | None = None
 
     def __init__(self, config: NeoTextConfig):
         super().__init__(config=config)
         self.layers = [GrowingLayer() for _ in range(config.num_hidden_layers)]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor):
+        super().reorder_cache(beam_idx)
+        if self.rope_deltas is not None:
+            self.rope_deltas = self.rope_deltas.index_select(0, beam_idx.to(self.rope_deltas.device))
+
+    def batch_repeat_interleave(self, repeats: int):
+        super().batch_repeat_interleave(repeats)
+        if self.rope_deltas is not None:
+            self.rope_deltas = self.rope_deltas.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: torch.Tensor):
+        super().batch_select_indices(indices)
+        if self.rope_deltas is not None:
+            self.rope_deltas = self.rope_deltas[indices]

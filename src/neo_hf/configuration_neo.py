@@ -83,7 +83,7 @@ class NeoTextConfig(PreTrainedConfig):
 
     model_type = "neo_text"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
     # Tells the base class that `rope_parameters` is nested under these keys.
     _rope_type_labels = ("temporal", "height", "width")
     base_model_tp_plan = {
@@ -242,7 +242,7 @@ class NeoConfig(PreTrainedConfig):
 
     model_type = "neo"
     sub_configs_defaults = {"text_config": NeoTextConfig, "vision_config": NeoVisionConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
 
     text_config: Any = None  # the base class turns a dict, or None, into the class above
     vision_config: Any = None

@@ -22,7 +22,7 @@ def next_token_targets(
     document_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    What each token is to predict. Pixels, padding and the first tokens of documents are predicted by nobody.
+    What each token is to predict. Pixels, padding and the first tokens of rows and documents are predicted by nobody.
 
     Args:
         labels: (B, L) token ids, -100 where a token is not to be predicted.
@@ -42,12 +42,16 @@ def next_token_targets(
             f"loss_weight must have the shape of labels {tuple(labels.shape)}, got {tuple(loss_weight.shape)}."
         )
     ignored = labels == image_token_id
+    predicts_nothing = torch.zeros_like(ignored)
     if attention_mask is not None and attention_mask.ndim == 2:
-        ignored = ignored | (attention_mask[:, -labels.shape[1] :] == 0)
+        predicts_nothing = attention_mask[:, -labels.shape[1] :].to(labels.device) == 0
+        ignored = ignored | predicts_nothing
     if document_ids is not None:
-        ignored = ignored | document_starts(document_ids)
+        ignored = ignored | document_starts(document_ids.to(labels.device))
     targets = F.pad(labels.masked_fill(ignored, IGNORE_INDEX)[:, 1:], (0, 1), value=IGNORE_INDEX)
-    return targets, target_weights(targets, None if loss_weight is None else F.pad(loss_weight[:, 1:], (0, 1)))
+    targets = targets.masked_fill(predicts_nothing, IGNORE_INDEX)
+    weights = None if loss_weight is None else F.pad(loss_weight[:, 1:].to(labels.device), (0, 1))
+    return targets, target_weights(targets, weights)
 
 
 def target_weights(targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:

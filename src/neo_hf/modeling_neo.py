@@ -261,7 +261,7 @@ class NeoDecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
         if torch.is_grad_enabled() or is_tracing(hidden_states):
             return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        for chunk in hidden_states.split(MLP_CHUNK, dim=1):  # views of a tensor that nothing else holds
+        for chunk in hidden_states.split(MLP_CHUNK, dim=1):  # in place: of use to nobody but a hook, if at all
             chunk += self.mlp(self.post_attention_layernorm(chunk))
         return hidden_states
 
@@ -777,8 +777,13 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
         if shift_labels is not None:
             shift_labels = shift_labels.to(hidden_states.device)
             targets = shift_labels.masked_fill(shift_labels == self._image_token_id, -100)
-            weights = target_weights(targets, loss_weight)
+            weights = target_weights(targets, None if loss_weight is None else loss_weight.to(targets.device))
         elif labels is not None:
+            if hidden_states.shape[1] != labels.shape[1]:
+                raise ValueError(
+                    f"labels of {labels.shape[1]} tokens need the logits of all of them, but logits_to_keep="
+                    f"{logits_to_keep} keeps {hidden_states.shape[1]}. Give shift_labels of the tokens that are kept."
+                )
             targets, weights = next_token_targets(
                 labels.to(hidden_states.device),
                 image_token_id=self._image_token_id,

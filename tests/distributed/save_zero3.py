@@ -3,6 +3,7 @@
 import sys
 
 import deepspeed
+import torch
 
 from neo_hf import NeoForConditionalGeneration
 
@@ -19,3 +20,4 @@ engine, *_ = deepspeed.initialize(
     },
 )
 engine.save_checkpoint(out)
+torch.distributed.destroy_process_group()

@@ -46,7 +46,7 @@ PART_TYPES = ("text", "image", "image_url", "video")
 # Where a part of a message holds its picture or video, and where those beside the conversation stand.
 PART_KEYS = {"image": ("image", "image_url", "path", "url"), "video": ("video", "path", "url")}
 COLUMNS = {"image": ("image", "images"), "video": ("video", "videos")}
-# A source of which so many records were bad and none good is taken to be bad as a whole.
+# A source of which so many records in a row were bad is taken to be bad as a whole.
 MAX_BAD_RECORDS = 1000
 
 
@@ -241,7 +241,7 @@ def encode_record(
     if not isinstance(record, dict):
         raise ValueError(f"A record must be a dict, got {record!r:.200}.")
     if record.get("input_ids") is not None:
-        return _encoded(record, name)
+        return _encoded(record, processor, name)
     messages, media = _read_conversation(record, root)
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("The conversation has no assistant turn: there is nothing to learn.")
@@ -287,7 +287,7 @@ def encode_record(
     return {**sample, **pictures, "name": name}
 
 
-def _encoded(record: dict, name: str) -> dict:
+def _encoded(record: dict, processor: NeoProcessor, name: str) -> dict:
     """A record that is a sample already, with the right types."""
     dtypes = {"input_ids": torch.long, "labels": torch.long, "image_grid_hw": torch.long, "pixel_values": torch.float}
     sample = {
@@ -296,6 +296,14 @@ def _encoded(record: dict, name: str) -> dict:
     if "labels" not in sample or sample["input_ids"].ndim != 1 or sample["labels"].shape != sample["input_ids"].shape:
         shapes = {key: tuple(value.shape) for key, value in sample.items()}
         raise ValueError(f"A sample needs input_ids (L,) and labels (L,), got {shapes}.")
+    is_image = sample["input_ids"] == processor.image_token_id
+    sample["labels"] = sample["labels"].masked_fill(is_image, IGNORED)
+    num_patches = int(is_image.sum()) * processor.image_processor.spatial_merge_size**2
+    if num_patches != len(sample.get("pixel_values", ())):
+        raise ValueError(
+            f"A sample needs the patches of its pictures: its image tokens stand for {num_patches}, pixel_values "
+            f"holds {len(sample.get('pixel_values', ()))}."
+        )
     if not (sample["labels"][1:] != IGNORED).any():
         raise ValueError("The sample has no labels but ignored ones: there is nothing to learn.")
     return sample | {"name": record.get("name") or name}
@@ -346,7 +354,9 @@ def _text(text: str) -> list[dict]:
 
 
 def _as_list(value) -> list:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+    if value is None or value == "":  # as some write text alone
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _kind(part: dict) -> str:
@@ -406,13 +416,13 @@ def load_samples(sources: Iterable[Source], processor: NeoProcessor) -> list[dic
 def _encode_all(source: Source, records, processor: NeoProcessor, skip: Callable[[str], None]) -> Iterator[dict]:
     """The samples of the good records; `skip` is called with the name of each bad one."""
     good = False
-    bad: set[int] = set()
+    bad: set[int] = set()  # since the last good one
     limit = min(len(source.records), MAX_BAD_RECORDS) if source.is_map_style else MAX_BAD_RECORDS
     error: Exception | None = None
     for number, record in records:
         name = source.record_name(number)
-        # A second pass over records that come in their order, none of which was good.
-        if not good and (len(bad) >= limit or (number in bad and not source.is_map_style)):
+        # So many in a row, or a second pass over records that come in their order: the source itself is bad by now.
+        if len(bad) >= limit or (number in bad and not source.is_map_style):
             break
         try:
             sample = encode_record(
@@ -422,15 +432,16 @@ def _encode_all(source: Source, records, processor: NeoProcessor, skip: Callable
             logger.warning("Skipped %s: %s", name, reason)
             skip(name)
             error = reason
-            if not good:
-                bad.add(number)
+            bad.add(number)
             continue
         good = True
+        bad.clear()
         yield sample
-    if not good:
-        raise ValueError(
-            f"{source.name}: all of the {len(bad)} records read are bad, the last one: {error}"
-        ) from error
+    else:
+        if good:
+            return
+    which = f"the last {len(bad)} records" if good else f"all of the {len(bad)} records read"
+    raise ValueError(f"{source.name}: {which} are bad, the last one: {error}") from error
 
 
 def shared_counter():

@@ -6,7 +6,7 @@ from itertools import islice
 
 from torch.utils.data import IterableDataset
 
-from neo_hf.training.data import MAX_BAD_RECORDS, shared_counter, this_reader
+from neo_hf.training.data import MAX_BAD_RECORDS, SampleStream, shared_counter, this_reader
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class PackedDataset(IterableDataset):
 
     def __iter__(self) -> Iterator[list[dict]]:
         samples = self.samples
-        if not isinstance(samples, IterableDataset):
+        if not isinstance(samples, SampleStream):
             shard, num_shards = this_reader()
             samples = islice(samples, shard, None, num_shards)
         return fill_rows(self._fitting(samples), self.max_length, self.buffer_size)

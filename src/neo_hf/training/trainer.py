@@ -51,9 +51,13 @@ class NeoTrainer(Trainer):
             weight = self.accelerator.gather(weight).sum() / self.get_tp_size()  # which see the same batch
         return weight
 
+    @property
+    def _loss_is_the_models(self) -> bool:
+        return self.compute_loss_func is None and self.label_smoother is None
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         names = inputs.pop("sample_names", None)
-        inputs.setdefault("skip_logits", model.training)
+        inputs.setdefault("skip_logits", model.training and self._loss_is_the_models)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and not torch.isfinite(loss):
             raise NonFiniteLossError(
@@ -65,5 +69,8 @@ class NeoTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         return super().prediction_step(
-            model, {**inputs, "skip_logits": prediction_loss_only}, prediction_loss_only, ignore_keys
+            model,
+            {**inputs, "skip_logits": prediction_loss_only and self._loss_is_the_models},
+            prediction_loss_only,
+            ignore_keys,
         )
