@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import IMAGE, batch, golden_case, one, random_model, random_prompt, tiny_config
 from torch.nn import functional as F
+from transformers import DynamicCache
 
 from neo_hf import NeoForConditionalGeneration, allocate_position_ids
 from neo_hf.modeling_neo import rotary_tables, rotate_patches
@@ -254,8 +255,9 @@ def test_bad_input(sdpa_model, golden, change, message):
 def test_caches_of_others_are_refused(sdpa_model, golden):
     inputs, _ = golden_case(golden, "one_image")
     with torch.no_grad():
-        cache = sdpa_model(**inputs, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(2)
+        cache = DynamicCache(config=sdpa_model.config.text_config)
+        sdpa_model(**inputs, past_key_values=cache)
+        cache.batch_repeat_interleave(2)  # which leaves what the model noted on it as it was
         with pytest.raises(ValueError, match=r"changed to 2 rows.*give position_ids"):
             sdpa_model(input_ids=torch.tensor([[1], [2]]), past_key_values=cache)
         with pytest.raises(ValueError, match="cannot follow past_key_values"):

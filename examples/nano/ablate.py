@@ -168,7 +168,7 @@ def report(results: list[dict], folder: Path):
         centre, half = interval(differences) if variant != "native" else (0.0, 0.0)
         lines.append(f"| {label} | {cells[0]} | {cells[1]} | {f'{centre:+.1f} ± {half:.1f}' if half else ''} |")
     for ax, size in zip(axes, SIZES, strict=True):
-        ax.set_title(f"{size} x {size} pixels" + (", larger than in training" if size > SIZES[0] else ""))
+        ax.set_title(f"{size} x {size} pixels" + (", unseen" if size > SIZES[0] else ""))
         ax.set_xlabel("answered exactly (%)")
         ax.set_xlim(0, 100)
     axes[0].set_yticks(range(len(VARIANTS)), VARIANTS.values())
