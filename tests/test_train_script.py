@@ -140,8 +140,7 @@ def test_learns_photographs_by_heart(script, data, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_resumes_after_a_kill(script, data, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # several threads may add in another order in another run
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    command = [sys.executable, str(SCRIPT)]
     options = {
         "max_steps": 9,
         "per_device_train_batch_size": 2,
@@ -150,10 +149,10 @@ def test_resumes_after_a_kill(script, data, tmp_path, monkeypatch):
         "save_steps": 3,
         "learning_rate": 1e-3,
     }
-    run(script, monkeypatch, arguments(data, tmp_path / "whole", **options))
+    subprocess.run([*command, *arguments(data, tmp_path / "whole", **options)], check=True, capture_output=True)
 
     argv = arguments(data, tmp_path / "killed", **options)
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen([*command, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 300
     while not (tmp_path / "killed" / "checkpoint-3" / "trainer_state.json").exists():
         assert process.poll() is None, process.stdout.read().decode()[-4000:]
@@ -166,12 +165,11 @@ def test_resumes_after_a_kill(script, data, tmp_path, monkeypatch):
     (tmp_path / "killed" / "checkpoint-6" / "trainer_state.json").write_text('{"log_hist')
     assert script.last_checkpoint(tmp_path / "killed") == str(tmp_path / "killed" / "checkpoint-3")
 
-    run(script, monkeypatch, argv)
+    subprocess.run([*command, *argv], check=True, capture_output=True)
     assert losses(tmp_path / "killed" / "checkpoint-9") == losses(tmp_path / "whole" / "checkpoint-9")
     whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     assert whole.keys() == killed.keys()
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
-    torch.set_num_threads(num_threads)
 
 
 def test_recipes(script, tmp_path):

@@ -208,7 +208,7 @@ def read_records(path: str | os.PathLike) -> Sequence:
 
 def encode_record(
     record: dict,
-    processor: NeoProcessor,
+    processor: NeoProcessor | None,
     root: str | os.PathLike | None = None,
     name: str = "",
     images_kwargs: dict | None = None,
@@ -242,6 +242,8 @@ def encode_record(
         raise ValueError(f"A record must be a dict, got {record!r:.200}.")
     if record.get("input_ids") is not None:
         return _encoded(record, processor, name)
+    if processor is None:
+        raise ValueError("A conversation needs a processor to become a sample, got None.")
     messages, media = _read_conversation(record, root)
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("The conversation has no assistant turn: there is nothing to learn.")
@@ -287,7 +289,7 @@ def encode_record(
     return {**sample, **pictures, "name": name}
 
 
-def _encoded(record: dict, processor: NeoProcessor, name: str) -> dict:
+def _encoded(record: dict, processor: NeoProcessor | None, name: str) -> dict:
     """A record that is a sample already, with the right types."""
     dtypes = {"input_ids": torch.long, "labels": torch.long, "image_grid_hw": torch.long, "pixel_values": torch.float}
     sample = {
@@ -296,14 +298,15 @@ def _encoded(record: dict, processor: NeoProcessor, name: str) -> dict:
     if "labels" not in sample or sample["input_ids"].ndim != 1 or sample["labels"].shape != sample["input_ids"].shape:
         shapes = {key: tuple(value.shape) for key, value in sample.items()}
         raise ValueError(f"A sample needs input_ids (L,) and labels (L,), got {shapes}.")
-    is_image = sample["input_ids"] == processor.image_token_id
-    sample["labels"] = sample["labels"].masked_fill(is_image, IGNORED)
-    num_patches = int(is_image.sum()) * processor.image_processor.spatial_merge_size**2
-    if num_patches != len(sample.get("pixel_values", ())):
-        raise ValueError(
-            f"A sample needs the patches of its pictures: its image tokens stand for {num_patches}, pixel_values "
-            f"holds {len(sample.get('pixel_values', ()))}."
-        )
+    if processor is not None:
+        is_image = sample["input_ids"] == processor.image_token_id
+        sample["labels"] = sample["labels"].masked_fill(is_image, IGNORED)
+        num_patches = int(is_image.sum()) * processor.image_processor.spatial_merge_size**2
+        if num_patches != len(sample.get("pixel_values", ())):
+            raise ValueError(
+                f"A sample needs the patches of its pictures: its image tokens stand for {num_patches}, pixel_values "
+                f"holds {len(sample.get('pixel_values', ()))}."
+            )
     if not (sample["labels"][1:] != IGNORED).any():
         raise ValueError("The sample has no labels but ignored ones: there is nothing to learn.")
     return sample | {"name": record.get("name") or name}
@@ -394,7 +397,7 @@ def _split(items: list, counts: list[int]) -> list[list] | None:
     return [list(islice(following, count)) for count in counts] if items else None
 
 
-def load_samples(sources: Iterable[Source], processor: NeoProcessor) -> list[dict]:
+def load_samples(sources: Iterable[Source], processor: NeoProcessor | None) -> list[dict]:
     """
     All samples of some sources, in order and in memory: for evaluation and small data sets. Bad records are skipped,
     and logged with their name and what is wrong.
@@ -413,7 +416,9 @@ def load_samples(sources: Iterable[Source], processor: NeoProcessor) -> list[dic
     return samples
 
 
-def _encode_all(source: Source, records, processor: NeoProcessor, skip: Callable[[str], None]) -> Iterator[dict]:
+def _encode_all(
+    source: Source, records, processor: NeoProcessor | None, skip: Callable[[str], None]
+) -> Iterator[dict]:
     """The samples of the good records; `skip` is called with the name of each bad one."""
     good = False
     bad: set[int] = set()  # since the last good one
@@ -473,14 +478,14 @@ class SampleStream(IterableDataset):
 
     Args:
         sources: with their weights.
-        processor: encodes the records.
+        processor: encodes the records; `None` where all of them are samples already.
         seed: of the draw and of the order in each source.
 
     Raises:
         ValueError: there is no source; while reading, not a single record of a source is good.
     """
 
-    def __init__(self, sources: Iterable[Source], processor: NeoProcessor, seed: int = 0):
+    def __init__(self, sources: Iterable[Source], processor: NeoProcessor | None, seed: int = 0):
         self.sources = list(sources)
         if not self.sources:
             raise ValueError("A stream needs at least one source, got none.")
