@@ -18,6 +18,7 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/speed.py --append benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/training.py
