@@ -3,11 +3,15 @@
 from .configuration_neo import NeoTextConfig
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.import_utils import is_tracing
+
+# What generate() and outputs call the cache: `past_key_values`, and `cache` from transformers 5.24 on.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 # Copies of a layer in several threads share buffers. On no layer, which must be copied and pickled.
 _claiming = threading.Lock()

@@ -11,8 +11,8 @@ import transformers
 from packaging.version import parse as parse_version
 
 # These files also travel alone, next to the weights on the Hub: the first of them to be imported says what it needs.
-if not (5, 23) <= parse_version(transformers.__version__).release[:2] < (6,):
-    raise ImportError(f"NEO needs transformers>=5.23,<6, but transformers {transformers.__version__} is installed.")
+if not (5, 19) <= parse_version(transformers.__version__).release[:2] < (6,):
+    raise ImportError(f"NEO needs transformers>=5.19,<6, but transformers {transformers.__version__} is installed.")
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -83,7 +83,7 @@ class NeoTextConfig(PreTrainedConfig):
 
     model_type = "neo_text"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states"]
     # Tells the base class that `rope_parameters` is nested under these keys.
     _rope_type_labels = ("temporal", "height", "width")
     base_model_tp_plan = {
@@ -241,10 +241,10 @@ class NeoConfig(PreTrainedConfig):
     """
 
     model_type = "neo"
-    sub_configs_defaults = {"text_config": NeoTextConfig, "vision_config": NeoVisionConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    sub_configs = {"text_config": NeoTextConfig, "vision_config": NeoVisionConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states"]
 
-    text_config: Any = None  # the base class turns a dict, or None, into the class above
+    text_config: Any = None  # built below
     vision_config: Any = None
     image_token_id: int | None = 151669
     image_start_token_id: int | None = 151670
@@ -252,6 +252,10 @@ class NeoConfig(PreTrainedConfig):
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
+        for name, config_class in self.sub_configs.items():
+            value = getattr(self, name)
+            if not isinstance(value, PreTrainedConfig):
+                setattr(self, name, config_class(**(value or {})))
         kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
         super().__post_init__(**kwargs)
         if self.tie_word_embeddings is None:

@@ -4,11 +4,12 @@
 them. Nothing about a sequence is kept on the model.
 """
 
-from .cache_neo import NeoCache
+from .cache_neo import CACHE_NAME, NeoCache
 from .configuration_neo import NeoConfig  # noqa: F401  (imported first: it refuses an unsupported transformers)
 from .indexing_neo import spatial_index, temporal_index, without_time
 from .masking_neo import create_neo_mask
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,20 +24,14 @@ if TYPE_CHECKING:
 class NeoGenerationMixin(GenerationMixin):
     """`GenerationMixin` for a model with three-dimensional indices and pictures that are bidirectional inside."""
 
-    def generate(self, *args, image_grid_thw: torch.Tensor | None = None, **kwargs):
-        """As `GenerationMixin.generate`; `image_grid_thw` (N, 3) may stand in for `image_grid_hw` (see `NeoModel`)."""
-        if image_grid_thw is not None:
-            kwargs["image_grid_hw"] = without_time(image_grid_thw)
-        return super().generate(*args, **kwargs)
-
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
         input_ids = model_kwargs.get("input_ids")
         if input_ids is None or input_ids.shape[1] == 0:
             input_ids = inputs_tensor if inputs_tensor.ndim == 2 else None
         token_ids = self.model.get_token_ids(input_ids, inputs_tensor)
         attention_mask = model_kwargs.get("attention_mask")
-        grid_hw = model_kwargs.get("image_grid_hw")
-        cache = model_kwargs.get("past_key_values")
+        grid_hw = without_time(model_kwargs.get("image_grid_hw"), model_kwargs.get("image_grid_thw"))
+        cache = model_kwargs.get(CACHE_NAME)
         past_length = int(cache.get_seq_length()) if cache is not None else 0
         length = token_ids.shape[1]
         if past_length and attention_mask is not None and attention_mask.shape[1] == past_length + length:
@@ -57,16 +52,7 @@ class NeoGenerationMixin(GenerationMixin):
         hw = spatial_index(is_image, grid_hw, self.config.vision_config.spatial_merge_size)
         return torch.cat([t[None], hw])
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        next_sequence_length=None,
-        past_key_values=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        is_first_iteration=False,
-        **kwargs,
-    ):
+    def prepare_inputs_for_generation(self, input_ids, *, inputs_embeds=None, is_first_iteration=False, **kwargs):
         position_ids = kwargs.get("position_ids")
         if position_ids is not None and not (is_first_iteration and inputs_embeds is not None):
             # Each step adds 1 to all three indices, but what is not a visual token has no place in a picture.
@@ -77,39 +63,60 @@ class NeoGenerationMixin(GenerationMixin):
             keep = torch.stack([torch.zeros_like(is_text), is_text, is_text])
             kwargs["position_ids"] = position_ids.masked_fill(keep, 0)
         return super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs):
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, position_ids, **kwargs):
         """The 4-D mask of a step with a static cache, built outside of the compiled forward."""
-        return create_neo_mask(config.get_text_config(), inputs_embeds, attention_mask, past_key_values, position_ids)
+        return create_neo_mask(
+            config.get_text_config(), inputs_embeds, attention_mask, kwargs[CACHE_NAME], position_ids
+        )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        is_given = model_kwargs.get("past_key_values") is not None
+        is_given = model_kwargs.get(CACHE_NAME) is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if not is_given and type(cache) is DynamicCache and not cache.offloading:
-            model_kwargs["past_key_values"] = NeoCache(self.config.get_text_config())
+            model_kwargs[CACHE_NAME] = NeoCache(self.config.get_text_config())
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        is_image = input_ids == self._image_token_id
-        cache = model_kwargs.get("past_key_values")
+        """
+        Gives each chunk of `prefill_chunk_size` its images, which transformers does from 5.23 on only, and leaves out
+        images that are cached already.
+        """
+        length, cache = input_ids.shape[1], model_kwargs.get(CACHE_NAME)
         past_length = int(cache.get_seq_length()) if cache is not None else 0
-        if model_kwargs["position_ids"].shape[-1] != input_ids.shape[1]:
-            past_length = 0  # only the new tokens were given
+        # How many cached tokens `input_ids` lacks: all or none.
+        offset = model_kwargs["position_ids"].shape[-1] - length
+        num_cached = past_length - offset
+        is_image = input_ids == self._image_token_id
         features = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if past_length and features is not None:
-            model_kwargs["mm_encoder_outputs"] = {"image": _features_of_new_tokens(features, is_image, past_length)}
-        if generation_config.prefill_chunk_size is not None:
-            _refuse_split_pictures(is_image[:, past_length:], generation_config.prefill_chunk_size)
-        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
+        def columns(start: int, end: int) -> dict:
+            attention_mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
+            if attention_mask is not None:
+                attention_mask = attention_mask[:, : offset + end]
+            taken = {"attention_mask": attention_mask, "position_ids": position_ids[..., : offset + end]}
+            if features is not None:
+                taken["mm_encoder_outputs"] = {
+                    "image": _features_of_columns(features, is_image, num_cached, slice(start, end))
+                }
+            return {**model_kwargs, **taken}
+
+        start, chunk_size = num_cached, generation_config.prefill_chunk_size
+        if chunk_size is not None and cache is not None and length:
+            _refuse_split_images(is_image[:, start:], chunk_size)
+            for end in range(start + chunk_size, length, chunk_size):
+                chunk = input_ids[:, start:end]
+                self(**self.prepare_inputs_for_generation(chunk, is_first_iteration=True, **columns(start, end)))
+                start = end
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+        model_kwargs = columns(start, length)
+        return super()._prefill(
+            input_ids[:, start:] if offset else input_ids, generation_config, model_kwargs, is_first_iteration
+        )
 
     @torch.no_grad()
     def chat(
@@ -185,19 +192,25 @@ def _covers(grid_hw: torch.Tensor | None, is_image: torch.Tensor, merge_size: in
     return tokens == int(is_image.sum())
 
 
-def _features_of_new_tokens(features, is_image: torch.Tensor, past_length: int):
-    """Drop the visual tokens (V, E) of those pictures of a whole conversation whose keys are in the cache already."""
+def _features_of_columns(features, is_image: torch.Tensor, num_cached: int, columns: slice):
+    """
+    The visual tokens (V, E) of some columns of `is_image` (B, L). `features` holds those of all images, or of all but
+    those in the first `num_cached` columns.
+    """
     if not len(features.pooler_output):
         return features
     visual = torch.cat(tuple(features.pooler_output))
-    is_new = is_image.clone()
-    is_new[:, :past_length] = False
-    if visual.shape[0] == int(is_image.sum()):
-        visual = visual[is_new[is_image].to(visual.device)]
+    covered, wanted = is_image, torch.zeros_like(is_image)
+    if visual.shape[0] != int(is_image.sum()):
+        covered = is_image.clone()
+        covered[:, :num_cached] = False
+    wanted[:, columns] = True
+    if visual.shape[0] == int(covered.sum()):  # else forward() says what does not match
+        visual = visual[wanted[covered].to(visual.device)]
     return type(features)(pooler_output=(visual,))
 
 
-def _refuse_split_pictures(is_image: torch.Tensor, chunk_size: int):
+def _refuse_split_images(is_image: torch.Tensor, chunk_size: int):
     """A picture's tokens see each other: its keys must all be there when the first of them is computed."""
     for end in range(chunk_size, is_image.shape[1], chunk_size):
         split = is_image[:, end - 1] & is_image[:, end]  # <img> stands between two pictures

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import torch
 from huggingface_hub import get_session
 from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
@@ -148,6 +149,29 @@ class NeoImageProcessor(PilBackend):
         if getattr(images, "ndim", 0) == 2:  # gray
             return images[..., None]
         return super().fetch_images(images)
+
+    def process_image(
+        self,
+        image,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        **kwargs,
+    ) -> np.ndarray:
+        """A picture (Pillow, numpy or torch) as an array (channels, height, width)."""
+        if isinstance(image, Image.Image):
+            image = self.convert_to_rgb(image) if do_convert_rgb else np.array(image)
+            input_data_format = ChannelDimension.LAST
+        elif isinstance(image, torch.Tensor):
+            image = image.cpu().numpy()
+        if not isinstance(image, np.ndarray):
+            raise ValueError(f"A picture must be a Pillow image, an array or a tensor, got {type(image).__name__}.")
+        if image.ndim == 2:
+            image, input_data_format = image[None], ChannelDimension.FIRST
+        if input_data_format is None:
+            input_data_format = infer_channel_dimension_format(image, num_channels=(1, 3, 4))
+        if do_convert_rgb:
+            image = self.convert_to_rgb(image, input_data_format)
+        return np.moveaxis(image, -1, 0) if input_data_format == ChannelDimension.LAST else image
 
     def convert_to_rgb(self, image, input_data_format: str | ChannelDimension | None = None) -> np.ndarray:
         """

@@ -191,13 +191,15 @@ def picture_ids(temporal: torch.Tensor, document_ids: torch.Tensor | None = None
     return torch.where(with_previous | with_next, run, -1)
 
 
-def without_time(grid_thw: torch.Tensor) -> torch.Tensor:
+def without_time(grid_hw: torch.Tensor | None, grid_thw: torch.Tensor | None) -> torch.Tensor | None:
     """
-    Grids (N, 3) of (1, rows, columns), as clients of other models carry them, as (N, 2).
+    Grids (N, 2), also where they are given as (N, 3), (1, rows, columns), as clients of other models carry them.
 
     Raises:
         ValueError: one has several times; frames of a video are pictures of their own.
     """
+    if grid_thw is None:
+        return grid_hw
     if not is_tracing(grid_thw) and not (grid_thw[:, 0] == 1).all():
         raise ValueError(
             f"image_grid_thw must be (1, rows, columns) for each picture or frame, got {grid_thw.tolist()}."

@@ -16,7 +16,7 @@ K key/value heads, d head_dim; P patches and V visual tokens of N pictures.
 """
 
 from .attention_neo import can_compile_kernels, neo_attention_forward
-from .cache_neo import NeoCache
+from .cache_neo import CACHE_NAME, NeoCache
 from .configuration_neo import NeoConfig, NeoTextConfig, NeoVisionConfig
 from .generation_neo import NeoGenerationMixin
 from .indexing_neo import allocate_position_ids, check_grid, place_in_grids, without_time
@@ -37,7 +37,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, eager_attention_forward
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
@@ -208,9 +208,11 @@ class NeoAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask=None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_states (B, L, E) -> (B, L, E) and, in eager mode, the weights (B, A, L, S)."""
+        cache = past_key_values if cache is None else cache
         d = self.head_dim
         widths = (d // 2, d // 4, d // 4)
         cos, sin = (table.split(widths, dim=-1) for table in position_embeddings)
@@ -227,8 +229,8 @@ class NeoAttention(nn.Module):
         key = thw(self.k_proj, self.k_proj_hw, self.k_norm, self.k_norm_h, self.k_norm_w)
         value = self.v_proj(hidden_states).unflatten(-1, (-1, d)).transpose(1, 2)  # (B, K, L, d)
 
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
 
         implementation = self.config._attn_implementation
         attend: Callable = neo_attention_forward  # by SDPA where the mask is a tensor
@@ -272,7 +274,7 @@ class NeoPreTrainedModel(PreTrainedModel):
     input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["NeoDecoderLayer", "NeoPatchEmbedding"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -359,14 +361,16 @@ class NeoTextModel(NeoPreTrainedModel):
         past_key_values: Cache | None = None,
         document_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """inputs_embeds (B, L, E), position_ids (3, B, L), document_ids (B, L) -> last_hidden_state (B, L, E)."""
+        cache = past_key_values if cache is None else cache
         if document_ids is not None:
             use_cache = False  # a packed row is never continued
-        if use_cache and past_key_values is None:
-            past_key_values = NeoCache(self.config)
-        mask = create_neo_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids, document_ids)
+        if use_cache and cache is None:
+            cache = NeoCache(self.config)
+        mask = create_neo_mask(self.config, inputs_embeds, attention_mask, cache, position_ids, document_ids)
         position_embeddings = rotary_tables(
             position_ids, self.config.head_dim, self.config.rope_parameters, inputs_embeds.dtype
         )
@@ -376,11 +380,11 @@ class NeoTextModel(NeoPreTrainedModel):
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
-                past_key_values=past_key_values,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache if use_cache else None}
         )
 
 
@@ -415,7 +419,11 @@ class NeoModel(NeoPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, image_grid_hw: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_hw: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
         Embed pictures once, to feed them as `mm_encoder_outputs={"image": ...}` as often as wanted.
@@ -423,6 +431,7 @@ class NeoModel(NeoPreTrainedModel):
         Args:
             pixel_values: (P, channels * patch_size * patch_size) normalised patches, from the image processor.
             image_grid_hw: (N, 2) (rows, columns) of each picture in patches.
+            image_grid_thw: (N, 3) (1, rows, columns), in place of `image_grid_hw`.
 
         Returns:
             `last_hidden_state`: patch features (P, D). `pooler_output`: a tuple with the visual tokens
@@ -431,6 +440,7 @@ class NeoModel(NeoPreTrainedModel):
         Raises:
             ValueError: `image_grid_hw` is missing, does not fold into visual tokens or does not match the patches.
         """
+        image_grid_hw = without_time(image_grid_hw, image_grid_thw)
         if image_grid_hw is None:
             raise ValueError(
                 f"pixel_values {tuple(pixel_values.shape)} need image_grid_hw, (rows, columns) of each picture in "
@@ -515,6 +525,7 @@ class NeoModel(NeoPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_grid_thw: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> NeoModelOutputWithPast:
         """
@@ -523,7 +534,7 @@ class NeoModel(NeoPreTrainedModel):
             attention_mask: (B, S), 0 on padding on either side; cached tokens included.
             position_ids: (3, B, L) T, H and W indices; computed where not given. (B, L) is transformers' convention
                 for packed rows where it starts anew within a row, else the indices of text.
-            past_key_values: cached keys (B, K, S, 2d) and values (B, K, S, d).
+            past_key_values: cached keys (B, K, S, 2d) and values (B, K, S, d); also by its newer name, `cache`.
             pixel_values: (P, channels * patch_size * patch_size) patches of all pictures, in prompt order.
             image_grid_hw: (N, 2) (rows, columns) of each picture in patches.
             document_ids: (B, L), equal on the tokens of one document of a packed row, different for neighbours.
@@ -536,10 +547,10 @@ class NeoModel(NeoPreTrainedModel):
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if document_ids is not None and past_key_values is not None:
+        cache = past_key_values if cache is None else cache
+        if document_ids is not None and cache is not None:
             raise ValueError("document_ids describe whole packed rows, which cannot follow past_key_values.")
-        if image_grid_thw is not None:
-            image_grid_hw = without_time(image_grid_thw)
+        image_grid_hw = without_time(image_grid_hw, image_grid_thw)
         for name in ("output_hidden_states", "output_attentions"):
             if getattr(self.config, name):  # the decoder looks into its own configuration only
                 kwargs.setdefault(name, True)
@@ -573,7 +584,7 @@ class NeoModel(NeoPreTrainedModel):
 
         if position_ids is not None and position_ids.ndim == 2:
             unmasked = attention_mask is None or bool((attention_mask == 1).all())
-            if document_ids is None and unmasked and past_key_values is None:
+            if document_ids is None and unmasked and cache is None:
                 document_ids = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[:2]))
             if document_ids is not None or image_hidden_states is not None:
                 position_ids = None  # one number per token cannot place pictures: computed below
@@ -586,31 +597,30 @@ class NeoModel(NeoPreTrainedModel):
             )
         is_new_sequence = False
         if position_ids is None:
-            is_new_sequence = past_key_values is None or past_key_values.get_seq_length() == 0
+            is_new_sequence = cache is None or cache.get_seq_length() == 0
             if token_ids is None:
                 token_ids = self.get_token_ids(input_ids, inputs_embeds)
-            position_ids = self.get_position_ids(
-                token_ids, image_grid_hw, attention_mask, past_key_values, document_ids
-            )
+            position_ids = self.get_position_ids(token_ids, image_grid_hw, attention_mask, cache, document_ids)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             document_ids=document_ids,
             use_cache=use_cache,
             return_dict=True,
             **kwargs,
         )
+        filled = outputs.get(CACHE_NAME)
         is_prompt = is_new_sequence or inputs_embeds.shape[1] > 1
-        if outputs.past_key_values is not None and is_prompt and not is_tracing(inputs_embeds):
+        if filled is not None and is_prompt and not is_tracing(inputs_embeds):
             # The next T index is not the length: the cache of the sequence remembers by how much they differ. A token
             # of text moves both by one.
             next_index = position_ids[0].amax(-1, keepdim=True) + 1
             if input_ids is not None:
                 next_index = next_index + (input_ids[:, -1:] == self._image_start_token_id)
-            outputs.past_key_values.rope_deltas = next_index - outputs.past_key_values.get_seq_length()
+            filled.rope_deltas = next_index - filled.get_seq_length()
         return NeoModelOutputWithPast(**outputs, image_hidden_states=image_hidden_states)
 
     def _fill_in(self, inputs_embeds: torch.Tensor, token_ids: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
@@ -715,9 +725,9 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
             model.generation_config.eos_token_id = model.config.text_config.eos_token_id
         return (model, info) if output_loading_info else model
 
-    def get_image_features(self, pixel_values: torch.Tensor, image_grid_hw: torch.Tensor | None = None, **kwargs):
+    def get_image_features(self, *args, **kwargs):
         """See `NeoModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, image_grid_hw, **kwargs)
+        return self.model.get_image_features(*args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -737,6 +747,8 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
         loss_weight: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> NeoCausalLMOutputWithPast:
         """
@@ -763,16 +775,19 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             image_grid_hw=image_grid_hw,
+            image_grid_thw=image_grid_thw,
             document_ids=document_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             use_cache=use_cache,
             return_dict=True,
             **kwargs,
         )
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        kept_tokens = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_states = outputs.last_hidden_state[:, kept_tokens]
         targets = None
         if shift_labels is not None:
             shift_labels = shift_labels.to(hidden_states.device)
@@ -817,10 +832,10 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
         return NeoCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
 

@@ -72,18 +72,8 @@ class NeoVideosKwargs(NeoVideoProcessorKwargs, total=False):
 
 
 class NeoProcessorKwargs(ProcessingKwargs, total=False):
-    r"""
-    return_position_ids (`bool`, *optional*, defaults to `False`):
-        Whether to return the T, H and W indices as `position_ids` (3, B, L); needs `return_tensors="pt"`. Can also be
-        set on the processor, as can the next one.
-    return_image_grid_thw (`bool`, *optional*, defaults to `False`):
-        Whether to return grids as `image_grid_thw` (N, 3), (1, rows, columns), in place of `image_grid_hw`, as clients
-        want them that cut `pixel_values` by grids themselves (TRL's GRPO).
-    """
-
+    _defaults = {"text_kwargs": {"padding": True}}  # type: ignore[misc]
     videos_kwargs: NeoVideosKwargs  # type: ignore[misc]  # as in transformers' own processors
-    return_position_ids: bool
-    return_image_grid_thw: bool
 
 
 class NeoProcessor(ProcessorMixin):
@@ -100,7 +90,6 @@ class NeoProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs: Any = NeoProcessorKwargs
-    text_kwargs = {"padding": True}
     return_position_ids = False
     return_image_grid_thw = False
 
@@ -137,13 +126,24 @@ class NeoProcessor(ProcessorMixin):
         return token_id
 
     def __call__(
-        self, images=None, text=None, videos=None, audio=None, **kwargs: Unpack[NeoProcessorKwargs]
+        self,
+        images=None,
+        text=None,
+        videos=None,
+        audio=None,
+        return_position_ids: bool | None = None,
+        return_image_grid_thw: bool | None = None,
+        **kwargs: Unpack[NeoProcessorKwargs],
     ) -> BatchFeature:
         """
         Args:
             images: pictures (Pillow, numpy, torch, path, URL, base64) in prompt order: one, some, or a list per text.
             text: a prompt or a list of prompts with `<image>` where a picture and `<video>` where a video stands.
             videos: videos (see `NeoVideoProcessor`) in prompt order: one, some, or a list per text.
+            return_position_ids: whether to return the T, H and W indices as `position_ids` (3, B, L); needs
+                `return_tensors="pt"`. Defaults to the processor's own setting (off), as does the next one.
+            return_image_grid_thw: whether to return grids as `image_grid_thw` (N, 3), (1, rows, columns), in place of
+                `image_grid_hw`, as clients want them that cut `pixel_values` by grids themselves (TRL's GRPO).
 
         Raises:
             ValueError: placeholders and pictures or videos differ in number, truncation cut through a picture, or a
@@ -157,7 +157,7 @@ class NeoProcessor(ProcessorMixin):
             inputs.get("text_replacement_offsets") if offsets_asked else inputs.pop("text_replacement_offsets", None)
         )
         self._join_streams(inputs, offsets)
-        if kwargs.get("return_position_ids", self.return_position_ids):
+        if self.return_position_ids if return_position_ids is None else return_position_ids:
             if not isinstance(inputs.get("input_ids"), torch.Tensor):
                 raise ValueError('return_position_ids needs text and return_tensors="pt".')
             inputs["position_ids"] = allocate_position_ids(
@@ -168,7 +168,8 @@ class NeoProcessor(ProcessorMixin):
                 spatial_merge_size=self.image_processor.spatial_merge_size,
                 attention_mask=inputs["attention_mask"],
             )
-        if kwargs.get("return_image_grid_thw", self.return_image_grid_thw) and "image_grid_hw" in inputs:
+        with_time = self.return_image_grid_thw if return_image_grid_thw is None else return_image_grid_thw
+        if with_time and "image_grid_hw" in inputs:
             grids = inputs.pop("image_grid_hw")
             padded = F.pad(torch.as_tensor(grids), (1, 0), value=1)
             inputs["image_grid_thw"] = padded if isinstance(grids, torch.Tensor) else padded.numpy()
@@ -282,9 +283,10 @@ class NeoProcessor(ProcessorMixin):
             video_sizes: (sampled frames, height, width) of each video.
             kwargs: budgets, as in a call.
         """
-        merged, counts = self._merge_kwargs(**kwargs), {}
+        apart = {name: kwargs.pop(name, None) or {} for name in ("images_kwargs", "videos_kwargs")}
+        counts = {}
         if image_sizes is not None:
-            settings = merged["images_kwargs"]
+            settings = kwargs | apart["images_kwargs"]
             merge_size = settings.get("spatial_merge_size", self.image_processor.spatial_merge_size)
             if settings.get("share_pixel_budget", self.image_processor.share_pixel_budget):
                 max_pixels = settings.get("max_pixels", self.image_processor.max_pixels)
@@ -294,7 +296,7 @@ class NeoProcessor(ProcessorMixin):
             counts["num_image_patches"] = patches
             counts["num_image_tokens"] = [count // merge_size**2 for count in patches]
         if video_sizes is not None:
-            settings = merged["videos_kwargs"]
+            settings = kwargs | apart["videos_kwargs"]
             merge_size = settings.get("spatial_merge_size", self.video_processor.spatial_merge_size)
             patches = [self.video_processor.get_num_of_video_patches(*size, settings) for size in video_sizes]
             counts["num_video_tokens"] = [count // merge_size**2 for count in patches]
