@@ -3,7 +3,7 @@ Attention alone: tiles over runs of keys, SDPA with a dense mask, and FlexAttent
 
     python benchmarks/attention.py [--tokens 1024 4096 16384 32768]
 
-Times of the tiles in seconds, the others as ratios to them, for prompts of large pictures and of small frames: 2 heads
+Times of the tiles in seconds, the others as ratios to them, for prompts of large images and of small frames: 2 heads
 and one key/value head (queries and keys 256 wide, values 128), float32, one thread, the faster of two runs. Building
 the mask counts, compiling FlexAttention does not.
 """
@@ -20,7 +20,7 @@ from neo_hf.attention_neo import TiledAttention
 from neo_hf.masking_neo import find_key_runs
 
 SCALE = 128**-0.5
-TEXT = 14  # tokens before each picture
+TEXT = 14  # tokens before each image
 
 
 def best(function) -> float:
@@ -39,24 +39,24 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     compiled = torch.compile(flex_attention, dynamic=True)
-    lines = ["| tokens | pictures of | tiles | SDPA, dense mask | FlexAttention |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| tokens | images of | tiles | SDPA, dense mask | FlexAttention |", "| --- | --- | --- | --- | --- |"]
     for length in (progress := tqdm(args.tokens)):
-        for picture in (1010, 64):
-            progress.set_postfix(tokens=length, picture=picture)
-            places = torch.arange(length)[None] % (picture + TEXT)
-            pictures = torch.where(places >= TEXT, torch.arange(length)[None] // (picture + TEXT), -1)
+        for image in (1010, 64):
+            progress.set_postfix(tokens=length, image=image)
+            places = torch.arange(length)[None] % (image + TEXT)
+            images = torch.where(places >= TEXT, torch.arange(length)[None] // (image + TEXT), -1)
             query, key, value = torch.randn(3, 1, 2, length, 256).unbind()
             key, value = key[:, :1].contiguous(), value[:, :1, :, :128].contiguous()
 
-            def runs(query=query, pictures=pictures):
-                return find_key_runs(query[:, 0], None, None, pictures)
+            def runs(query=query, images=images):
+                return find_key_runs(query[:, 0], None, None, images)
 
             def tiles(query=query, key=key, value=value, runs=runs):
                 TiledAttention.apply(query, key, value, runs(), SCALE)
 
-            def dense(query=query, key=key, value=value, pictures=pictures):
+            def dense(query=query, key=key, value=value, images=images):
                 mask = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril_()
-                mask |= (pictures[0, :, None] == pictures[0]) & (pictures[0] >= 0)
+                mask |= (images[0, :, None] == images[0]) & (images[0] >= 0)
                 F.scaled_dot_product_attention(
                     query, key, F.pad(value, (0, 128)), mask[None, None], scale=SCALE, enable_gqa=True
                 )
@@ -66,7 +66,7 @@ def main():
 
             flex()  # compiles
             reference, others = best(tiles), [best(function) for function in (dense, flex)]
-            cells = [f"{length:,}", str(picture), f"{reference:.2f} s", *(f"{t / reference:.2f}" for t in others)]
+            cells = [f"{length:,}", str(image), f"{reference:.2f} s", *(f"{t / reference:.2f}" for t in others)]
             lines.append(f"| {' | '.join(cells)} |")
     print("\n".join(lines))
 

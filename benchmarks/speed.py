@@ -28,13 +28,13 @@ from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGener
 
 from neo_hf import NeoConfig, NeoForConditionalGeneration
 from neo_hf.cache_neo import NeoCache
-from neo_hf.indexing_neo import picture_ids
+from neo_hf.indexing_neo import image_ids
 from neo_hf.masking_neo import find_key_runs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 IMAGE, START, END = 5, 6, 7  # token ids
-TEXT_TOKENS = 14  # before each picture
+TEXT_TOKENS = 14  # before each image
 WIDTHS = {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16, "num_key_value_heads": 8}
 TINY = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
 NARROW = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -77,14 +77,14 @@ def build_qwen(tiny=False):
     return model.eval().to(DEVICE)
 
 
-def picture_prompt(pictures, side):
-    """Prompt of pictures of `side` x `side` visual tokens, text before each: ids (1, L) and grids (N, 2)."""
+def image_prompt(images, side):
+    """Prompt of images of `side` x `side` visual tokens, text before each: ids (1, L) and grids (N, 2)."""
     generator = torch.Generator().manual_seed(0)
     ids = []
-    for _ in range(pictures):
+    for _ in range(images):
         ids += torch.randint(10, 1000, (TEXT_TOKENS,), generator=generator).tolist()
         ids += [START, *[IMAGE] * side**2, END]
-    return torch.tensor([ids], device=DEVICE), torch.tensor([[2 * side, 2 * side]] * pictures, device=DEVICE)
+    return torch.tensor([ids], device=DEVICE), torch.tensor([[2 * side, 2 * side]] * images, device=DEVICE)
 
 
 def neo_inputs(ids, grids):
@@ -93,7 +93,7 @@ def neo_inputs(ids, grids):
 
 
 def qwen_inputs(ids, grids):
-    """The same pictures. A still picture fills both places of a patch in time."""
+    """The same images. A still image fills both places of a patch in time."""
     return {
         "input_ids": ids,
         "pixel_values": torch.randn(int(grids.prod(-1).sum()), 2 * 768, device=DEVICE),
@@ -146,7 +146,7 @@ def prefill_operations(model, ids, grids):
     layer = model.get_decoder().layers[0]
     linear = sum(weight.numel() for weight in layer.parameters() if weight.ndim == 2) * ids.shape[1]
     t = model.model.get_position_ids(ids, grids)[0]
-    runs = find_key_runs(ids[..., None], None, None, picture_ids(t))
+    runs = find_key_runs(ids[..., None], None, None, image_ids(t))
     pairs = int((runs.last - runs.first).sum())
     attention = pairs * config.num_attention_heads * (config.qk_head_dim + config.head_dim)
     head = model.lm_head.weight.numel()
@@ -161,12 +161,12 @@ def first_token(model, inputs):
 @torch.no_grad()
 def measure_first_token(tiny):
     neo, qwen = build_neo(4, tiny=tiny), build_qwen(tiny)
-    cases = {"one 1,024 x 1,024 picture": (1, 32), "16 frames of 384 x 384": (16, 12)}
+    cases = {"one 1,024 x 1,024 image": (1, 32), "16 frames of 384 x 384": (16, 12)}
     if tiny:
-        cases = {"one picture": (1, 4), "frames": (3, 2)}
+        cases = {"one image": (1, 4), "frames": (3, 2)}
     results = {}
-    for name, (pictures, side) in cases.items():
-        prompt = picture_prompt(pictures, side)
+    for name, (images, side) in cases.items():
+        prompt = image_prompt(images, side)
         functions = {
             "neo": first_token(neo, neo_inputs(*prompt)),
             "qwen": first_token(qwen, qwen_inputs(*prompt)),
@@ -177,12 +177,12 @@ def measure_first_token(tiny):
 
 @torch.no_grad()
 def measure_prefill(tiny):
-    """Prefill of pictures of 1,024 tokens, against the time that its operations take in matrix products."""
+    """Prefill of images of 1,024 tokens, against the time that its operations take in matrix products."""
     side = 4 if tiny else 32
     results = {}
-    for pictures, layers, rounds in ((1, 4, 3), (4, 4, 2), (16, 1, 1)):
+    for images, layers, rounds in ((1, 4, 3), (4, 4, 2), (16, 1, 1)):
         model = build_neo(layers, tiny=tiny, vocab_size=1024)
-        prompt = picture_prompt(pictures, side)
+        prompt = image_prompt(images, side)
         inputs = neo_inputs(*prompt)
         product, operations = matrix_products(tiny)
 
@@ -191,7 +191,7 @@ def measure_prefill(tiny):
             return first_token(model, inputs)()
 
         functions = {"neo": lambda run=run: run("neo"), "gemm": lambda product=product: [product() for _ in range(20)]}
-        if pictures <= 4:
+        if images <= 4:
             functions["eager"] = lambda run=run: run("eager")
         times = medians(functions, rounds)
         rate = 20 * operations / times["gemm"]
@@ -294,15 +294,15 @@ def status_megabytes(field):
 
 
 @torch.no_grad()
-def measure_memory_here(kind, pictures, layers, width, tiny):
+def measure_memory_here(kind, images, layers, width, tiny):
     """Megabytes at the peak of a prefill beyond what was in use before it: weights, inputs."""
     side = 4 if tiny else 32
     if kind == "qwen":
         model, make = build_qwen(tiny), qwen_inputs
     else:
         model, make = build_neo(layers, kind, tiny, vocab_size=1024, **({} if tiny else width)), neo_inputs
-    first_token(model, make(*picture_prompt(1, 2)))()  # loads what is loaded once
-    inputs = make(*picture_prompt(pictures, side))
+    first_token(model, make(*image_prompt(1, 2)))()  # loads what is loaded once
+    inputs = make(*image_prompt(images, side))
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -314,9 +314,9 @@ def measure_memory_here(kind, pictures, layers, width, tiny):
     return status_megabytes("VmHWM") - before
 
 
-def measure_memory(kind, pictures, layers=4, width=WIDTHS, tiny=False):
+def measure_memory(kind, images, layers=4, width=WIDTHS, tiny=False):
     """`measure_memory_here` in a process of its own; None where the system does not tell."""
-    specification = json.dumps([kind, pictures, layers, width, tiny])
+    specification = json.dumps([kind, images, layers, width, tiny])
     run = subprocess.run([sys.executable, __file__, "--memory", specification], capture_output=True, text=True)
     if run.returncode:
         print(run.stderr[-500:], file=sys.stderr)
@@ -345,7 +345,7 @@ def report(results):
         for name, r in results["first token"].items()
     ]
     memory = results["memory"]
-    rows.append(["memory, one picture", "", *map(megabytes, memory["peer"]), ratio(*memory["peer"])])
+    rows.append(["memory, one image", "", *map(megabytes, memory["peer"]), ratio(*memory["peer"])])
     parts.append(table(["", "tokens", "NEO", "Qwen3-VL", "ratio"], rows))
 
     parts.append("Prefill; the ideal is its operations at the rate of matrix products in the same rounds:\n")
@@ -378,7 +378,7 @@ def report(results):
 
     parts.append("Patch embedding, share of the rate of matrix products:\n")
     rows = [[n, f"{1e3 * r['seconds']:.0f} ms", f"{r['share']:.2f}"] for n, r in results["patch embedding"].items()]
-    parts.append(table(["pictures", "time", "share"], rows))
+    parts.append(table(["images", "time", "share"], rows))
 
     r = results["training"]
     parts.append(
@@ -438,7 +438,7 @@ def main():
         "memory": lambda: {
             "peer": [measure_memory(kind, 1, tiny=tiny) for kind in ("neo", "qwen")],
             "eager": [measure_memory(kind, 4, 1, tiny=tiny) for kind in ("neo", "eager")],
-            "long": [measure_memory("neo", pictures, 1, NARROW, tiny) for pictures in (32, 16)],
+            "long": [measure_memory("neo", images, 1, NARROW, tiny) for images in (32, 16)],
         },
     }
     results = {}
@@ -453,10 +453,10 @@ def main():
     text += f"### Speed (`speed.py`)\n\n{report(results)}"
     print(text)
     if arguments.append:
-        picture = arguments.append.with_name(f"speed-{date}-{DEVICE}.png")
-        plot(results, picture)
+        image = arguments.append.with_name(f"speed-{date}-{DEVICE}.png")
+        plot(results, image)
         with arguments.append.open("a") as file:
-            file.write(f"\n{text}\n![Prefill, time to first token, decoding]({picture.name})\n")
+            file.write(f"\n{text}\n![Prefill, time to first token, decoding]({image.name})\n")
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def measure_stream(kind: str, num_frames: int) -> dict:
         else:
             features.append(processor.video_processor([[frame]], return_tensors="pt"))  # each frame once, as there
             lead = "" if number == 0 else "\n"
-            picture = processor.replace_image_token(features[number], 0)
-            text += f"{lead}[{format_timestamp(number)}]:{picture}"
+            image = processor.replace_image_token(features[number], 0)
+            text += f"{lead}[{format_timestamp(number)}]:{image}"
             inputs = processor.tokenizer(text, return_tensors="pt")
             for key in ("pixel_values", "image_grid_hw"):
                 inputs[key] = torch.cat([each[key] for each in features])

@@ -1,6 +1,6 @@
-"""Asks NEO-nano, the model that comes with the package, about pictures, a clip and a stream.
+"""Asks NEO-nano, the model that comes with the package, about images, a clip and a stream.
 
-Prints the answers and leaves them with their pictures on a contact sheet, `demo.png`.
+Prints the answers and leaves them with their images on a contact sheet, `demo.png`.
 """
 
 import random
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from neo_hf import NeoForConditionalGeneration, NeoProcessor, load_nano
 from neo_hf.streaming import NeoStream
 
-Answered = tuple[str, list[Image.Image], list[tuple[str, str]]]  # title, pictures, questions with answers
+Answered = tuple[str, list[Image.Image], list[tuple[str, str]]]  # title, images, questions with answers
 
 
 def ask(model: NeoForConditionalGeneration, processor: NeoProcessor, content: list[dict]) -> str:
@@ -28,7 +28,7 @@ def ask(model: NeoForConditionalGeneration, processor: NeoProcessor, content: li
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def pictures_of(sample: Sample) -> list[Image.Image]:
+def images_of(sample: Sample) -> list[Image.Image]:
     return [part["image"] for part in sample["messages"][0]["content"] if part["type"] == "image"]
 
 
@@ -45,16 +45,16 @@ def contact_sheet(answered: list[Answered]) -> Image.Image:
         ]
         for title, _, pairs in answered
     ]
-    left = max(sum(picture.width + margin for picture in row) for row in rows) + margin
+    left = max(sum(image.width + margin for image in row) for row in rows) + margin
     heights = [max(line * len(t), *(p.height for p in row)) + margin for t, row in zip(texts, rows, strict=True)]
     sheet = Image.new("RGB", (left + 10 * columns, sum(heights) + margin), "white")
     pen, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(18), margin
     for row, lines, height in zip(rows, texts, heights, strict=True):
         x = margin
-        for picture in row:
-            sheet.paste(picture, (x, y))
-            pen.rectangle((x - 1, y - 1, x + picture.width, y + picture.height), outline="silver")
-            x += picture.width + margin
+        for image in row:
+            sheet.paste(image, (x, y))
+            pen.rectangle((x - 1, y - 1, x + image.width, y + image.height), outline="silver")
+            x += image.width + margin
         for number, (text, color) in enumerate(lines):
             pen.text((left, y + line * number), text, fill=color, font=font)
         y += height
@@ -78,12 +78,12 @@ def main():
     content = [{"type": "image", "image": digits}, {"type": "text", "text": question}]
     answered.append(("Handwriting", [digits], [(question, ask(model, processor, content))]))
 
-    for title, sample in (("Two pictures", world.change_sample()), ("A clip", world.motion_sample())):
+    for title, sample in (("Two images", world.change_sample()), ("A clip", world.motion_sample())):
         content = sample["messages"][0]["content"]
-        answered.append((title, pictures_of(sample), [(content[-1]["text"], ask(model, processor, content))]))
+        answered.append((title, images_of(sample), [(content[-1]["text"], ask(model, processor, content))]))
 
     live = world.motion_sample()
-    frames, question = pictures_of(live), live["messages"][0]["content"][-1]["text"]
+    frames, question = images_of(live), live["messages"][0]["content"][-1]["text"]
     stream = NeoStream(model, processor)
     for second, frame in enumerate(frames):
         stream.add_frame(frame, timestamp=second)
@@ -94,7 +94,7 @@ def main():
         for question, answer in pairs:
             print(f"{title + ':':<26}{question}\n{'':<26}{answer}")
     contact_sheet(answered).save("demo.png")
-    print(f"The pictures with their answers: {Path('demo.png').resolve()}")
+    print(f"The images with their answers: {Path('demo.png').resolve()}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class ModelArguments:
     random_weights: bool = field(default=False, metadata={"help": "Take only configuration and processor of `model`."})
     dtype: str = field(default="float32", metadata={"help": "Of the weights; computing in bfloat16 is --bf16."})
     attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa or flex_attention."})
-    min_pixels: int | None = field(default=None, metadata={"help": "Pixel budget of a picture; saved with the model."})
+    min_pixels: int | None = field(default=None, metadata={"help": "Pixel budget of an image; saved with the model."})
     max_pixels: int | None = field(default=None, metadata={"help": "Likewise."})
 
 
@@ -48,7 +48,7 @@ class DataArguments:
     train_data: list[str] = field(metadata={"help": ".json and .jsonl files, or Hub ids of datasets, streamed."})
     train_weights: list[float] | None = field(default=None, metadata={"help": "How often each is drawn from; equal."})
     eval_data: list[str] = field(default_factory=list, metadata={"help": ".json and .jsonl files."})
-    data_root: str | None = field(default=None, metadata={"help": "Folder of relative paths of pictures and videos."})
+    data_root: str | None = field(default=None, metadata={"help": "Folder of relative paths of images and videos."})
     max_length: int | None = field(default=None, metadata={"help": "Pack rows of so many tokens; pad if not given."})
     loss_weighting: str = field(default="square", metadata={"help": "token, square or sample."})
     num_answers: int = field(default=4, metadata={"help": "Answers written to output_dir/answers per evaluation."})

@@ -11,16 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import GOLDEN, load_golden_model, random_model, tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_images
 
-from neo_hf import NeoConfig, NeoForConditionalGeneration, NeoImageProcessor, NeoProcessor
+from neo_hf import NeoImageProcessor, NeoProcessor
 from neo_hf.tokenization import load_qwen_package_tokenizer
-
-GOLDEN = Path(__file__).parent / "golden"
-IMAGE, IMAGE_START, IMAGE_END, EOS = 501, 502, 503, 505
-CASES = ["text_only", "one_image", "two_images", "adjacent_images", "video_4_frames"]
 
 
 def pytest_collection_modifyitems(items):
@@ -33,25 +30,6 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def golden():
     return load_file(GOLDEN / "neo_tiny" / "expected.safetensors")
-
-
-def golden_case(golden, name):
-    """The inputs of a recorded case as arguments of `forward`, and what was recorded."""
-    case = {key.split(".", 1)[1]: value for key, value in golden.items() if key.startswith(name + ".")}
-    inputs = {"input_ids": case["input_ids"]}
-    if "pixel_values" in case:
-        inputs |= {"pixel_values": case["pixel_values"], "image_grid_hw": case["grid_hw"]}
-    return inputs, case
-
-
-def load_golden_model(attn_implementation="sdpa"):
-    return NeoForConditionalGeneration.from_pretrained(
-        GOLDEN / "neo_tiny" / "raw",
-        image_token_id=IMAGE,
-        image_start_token_id=IMAGE_START,
-        image_end_token_id=IMAGE_END,
-        attn_implementation=attn_implementation,
-    ).eval()
 
 
 @pytest.fixture(scope="session", params=["eager", "sdpa", "neo"])
@@ -68,67 +46,6 @@ def sdpa_model():
 def fresh_model(sdpa_model):
     """A copy that a test may change."""
     return copy.deepcopy(sdpa_model)
-
-
-def tiny_config(vocab_size=512, head_dim=32, **kwargs):
-    text = {
-        "vocab_size": vocab_size,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": head_dim,
-        "num_pre_buffer_layers": 1,
-        "eos_token_id": EOS,
-        **kwargs.pop("text_config", {}),
-    }
-    ids = {"image_token_id": IMAGE, "image_start_token_id": IMAGE_START, "image_end_token_id": IMAGE_END}
-    if vocab_size > 151_700:
-        ids, text["eos_token_id"] = {}, 151645
-    return NeoConfig(text_config=text, vision_config={"hidden_size": 32}, **ids, **kwargs)
-
-
-def random_model(config, seed=0, **kwargs):
-    """A model whose weights are all random, norms and biases as well, so that no part goes unnoticed."""
-    torch.manual_seed(seed)
-    model = NeoForConditionalGeneration._from_config(config, **kwargs).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
-    return model
-
-
-def random_prompt(generator, pictures, text=3):
-    """Token ids (L,) of text with pictures of the given token grids in between, and their patches and grids."""
-    ids = torch.randint(0, 500, (text,), generator=generator).tolist()
-    for rows, columns in pictures:
-        ids += [IMAGE_START, *[IMAGE] * (rows * columns), IMAGE_END]
-        ids += torch.randint(0, 500, (text,), generator=generator).tolist()
-    grids = 2 * torch.tensor(pictures, dtype=torch.long).reshape(-1, 2)
-    return torch.tensor(ids), torch.randn(int(grids.prod(-1).sum()), 768, generator=generator), grids
-
-
-def batch(prompts, side="left"):
-    """Pad prompts of `random_prompt` into arguments of `forward`."""
-    length = max(len(ids) for ids, _, _ in prompts)
-    input_ids = torch.zeros(len(prompts), length, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, (ids, _, _) in enumerate(prompts):
-        place = slice(length - len(ids), None) if side == "left" else slice(len(ids))
-        input_ids[row, place], attention_mask[row, place] = ids, 1
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "pixel_values": torch.cat([pixels for _, pixels, _ in prompts]),
-        "image_grid_hw": torch.cat([grids for _, _, grids in prompts]),
-    }
-
-
-def one(prompt):
-    ids, pixels, grids = prompt
-    inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
-    return inputs | ({"pixel_values": pixels, "image_grid_hw": grids} if len(grids) else {})
 
 
 @pytest.fixture(scope="session")
@@ -171,21 +88,6 @@ def hub_folder(tmp_path_factory, real_vocabulary_model, processor):
     real_vocabulary_model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
-
-
-def picture_message(*pictures, text="Hm?"):
-    """A user's turn with pictures (Pillow) and words."""
-    content = [{"type": "image", "image": picture} for picture in pictures]
-    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
-
-
-def greedy_answer(model, processor, messages, new_tokens=5, **kwargs):
-    """The words that `generate()` answers with."""
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **kwargs
-    )
-    output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from world import World
 
 from neo_hf import NeoForConditionalGeneration, NeoProcessor, allocate_position_ids
 from neo_hf.conversion import init_from_qwen3
-from neo_hf.indexing_neo import document_starts, picture_ids
+from neo_hf.indexing_neo import document_starts, image_ids
 
 VARIANTS = {
     "native": "mixed mask, Native-RoPE",
@@ -65,17 +65,17 @@ def indices(variant: str, batch: dict, config) -> tuple[torch.Tensor, torch.Tens
     )
     places = torch.arange(ids.shape[1]).expand_as(ids)
     first = torch.where(document_starts(documents), places, 0).cummax(-1).values
-    pictures = picture_ids(native[0], documents)
+    images = image_ids(native[0], documents)
 
     mask = places[:, :, None] >= places[:, None, :]
     if variant != "causal":
-        mask = mask | ((pictures[:, :, None] == pictures[:, None, :]) & (pictures[:, None, :] >= 0))
+        mask = mask | ((images[:, :, None] == images[:, None, :]) & (images[:, None, :] >= 0))
     mask = (mask & (documents[:, :, None] == documents[:, None, :]))[:, None]
 
     if variant == "1d":
         return (places - first).expand(3, -1, -1), mask
     if variant == "mrope":
-        # A picture advances the text after it by its longer side, and its rows and columns count from its own start.
+        # An image advances the text after it by its longer side, and its rows and columns count from its own start.
         longer = torch.zeros_like(ids)
         is_image = ids == config.image_token_id
         ends = is_image & ~torch.nn.functional.pad(is_image[:, 1:], (0, 1))

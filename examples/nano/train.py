@@ -108,15 +108,15 @@ class Encoder:
         grids = iter(inputs.get("image_grid_hw", ()))
         pixels = inputs.get("pixel_values")
         encoded, first = [], 0
-        for ids, pictures in zip(inputs["input_ids"], images, strict=True):
-            own = [torch.as_tensor(next(grids)) for _ in pictures]
+        for ids, its_images in zip(inputs["input_ids"], images, strict=True):
+            own = [torch.as_tensor(next(grids)) for _ in its_images]
             count = sum(int(grid.prod()) for grid in own)
             encoded.append(
                 {
                     "input_ids": torch.tensor(ids),
                     "labels": torch.tensor(self.labels(ids)),
-                    "pixel_values": torch.as_tensor(pixels[first : first + count]) if pictures else None,
-                    "image_grid_hw": torch.stack(own) if pictures else None,
+                    "pixel_values": torch.as_tensor(pixels[first : first + count]) if its_images else None,
+                    "image_grid_hw": torch.stack(own) if its_images else None,
                 }
             )
             first += count

@@ -1,8 +1,8 @@
 """A small world to look at: coloured shapes and digits, drawn on the fly, with questions and their answers.
 
 A scene has up to four shapes, one per quadrant, at places that are multiples of `SNAP` pixels. Every task makes
-samples as chat messages whose pictures are Pillow images. Scenes are split by a hash of their description: training
-never asks about those of the test split. (As the second picture of a pair or a frame of a clip, one can occur.)
+samples as chat messages whose images are Pillow images. Scenes are split by a hash of their description: training
+never asks about those of the test split. (As the second image of a pair or a frame of a clip, one can occur.)
 Handwritten digits come from scikit-learn's set, the last fifth of it for the test split.
 """
 
@@ -79,10 +79,10 @@ def article(shape: Shape | None) -> str:
 
 
 def draw(size: tuple[int, int], background: str, shapes: list[Shape]) -> Image.Image:
-    picture = Image.new("RGB", size, background)
+    image = Image.new("RGB", size, background)
     for shape in shapes:
-        picture.paste(COLORS[shape.color], (shape.x, shape.y), stencil(shape.kind))
-    return picture
+        image.paste(COLORS[shape.color], (shape.x, shape.y), stencil(shape.kind))
+    return image
 
 
 @functools.cache
@@ -229,7 +229,7 @@ class World:
         plural = {"cross": "crosses"}.get(kind, kind + "s")
         return f"How many {plural} are there?", str(sum(shape.kind == kind for shape in shapes))
 
-    # Samples: chat messages with pictures.
+    # Samples: chat messages with images.
 
     def scene_sample(self, tasks: tuple[str, ...] = ("caption", "attribute", "relation", "count"), turns: int = 1):
         """A scene with some of these questions about it, one turn each."""
@@ -240,7 +240,7 @@ class World:
         return conversation([scene.draw()], [turn for turn in asked if turn is not None])
 
     def change_sample(self) -> Sample:
-        """Two pictures of a scene; something changed from the first to the second, or nothing."""
+        """Two images of a scene; something changed from the first to the second, or nothing."""
         scene = self.scene((1, 2, 3), distinct=True)
         shapes = list(scene.shapes)
         quadrant, shape = self.random.choice(scene.present)
@@ -309,7 +309,7 @@ class World:
         return conversation([self.draw_digits(number)], [("What number is written?", number)])
 
     def draw_digits(self, number: str, handwritten: bool | None = None) -> Image.Image:
-        """A picture 32 pixels high and 32 wide per digit, dark on light or light on dark."""
+        """An image 32 pixels high and 32 wide per digit, dark on light or light on dark."""
         if handwritten is None:
             handwritten = self.random.random() < 0.6
         mask = Image.new("L", (32 * len(number), 32))
@@ -325,12 +325,12 @@ class World:
             x, y = (SNAP * self.random.randint(0, room) for _ in "xy")
             mask.paste(tile, (32 * place + x, y))
         ink, paper = self.random.choice([("black", "white"), ("navy", "gainsboro"), ("white", "black")])
-        picture = Image.new("RGB", mask.size, paper)
-        picture.paste(ink, (0, 0), mask)
-        return picture
+        image = Image.new("RGB", mask.size, paper)
+        image.paste(ink, (0, 0), mask)
+        return image
 
     def text_sample(self) -> Sample:
-        """The same questions with the pictures put into words."""
+        """The same questions with the images put into words."""
         form = self.random.random()
         if form < 0.6:
             tasks = tuple(self.random.sample(("attribute", "relation", "count"), 2))
@@ -372,25 +372,25 @@ def font(side: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def conversation(
-    pictures: list[Image.Image], turns: list[tuple[str, str]], preface: str = "", video: str | None = None
+    images: list[Image.Image], turns: list[tuple[str, str]], preface: str = "", video: str | None = None
 ) -> Sample:
     """
-    Chat messages: the pictures and `preface` open the first question. With `video` the pictures are frames, one second
+    Chat messages: the images and `preface` open the first question. With `video` the images are frames, one second
     apart, written as a "whole" one or as one that is "streamed", which does not know how long it will be.
     """
     if video is not None:
-        metadata = VideoMetadata(len(pictures), fps=1.0, duration=float(len(pictures)))
-        metadata.frames_indices = list(range(len(pictures)))
+        metadata = VideoMetadata(len(images), fps=1.0, duration=float(len(images)))
+        metadata.frames_indices = list(range(len(images)))
         text = serialize_video(metadata)
         if video == "streamed":
             text = text[text.index("\n") + 1 :]
         pieces = text.split("<image>\n")
         opening = []
-        for piece, picture in zip(pieces, [*pictures, None], strict=True):
+        for piece, image in zip(pieces, [*images, None], strict=True):
             opening += [{"type": "text", "text": piece}] if piece else []
-            opening += [{"type": "image", "image": picture}] if picture is not None else []
+            opening += [{"type": "image", "image": image}] if image is not None else []
     else:
-        opening = [{"type": "image", "image": picture} for picture in pictures]
+        opening = [{"type": "image", "image": image} for image in images]
     messages = []
     for number, (question, answer) in enumerate(turns):
         text = {"type": "text", "text": preface + question if number == 0 else question}

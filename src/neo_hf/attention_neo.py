@@ -1,7 +1,7 @@
 """
 Attention over runs of keys: NEO's mask without a mask.
 
-A query of NEO sees one run of keys, from where its document begins to itself or the end of its picture. So two numbers
+A query of NEO sees one run of keys, from where its document begins to itself or the end of its image. So two numbers
 per query are the whole mask. On CPUs, attention goes tile by tile of queries over just the keys that a tile sees; on
 CUDA the runs become the blocks of FlexAttention. Both are exact, and take memory that grows with the length.
 

@@ -85,7 +85,7 @@ class NeoCache(DynamicCache):
     A `DynamicCache` of `GrowingLayer`s.
 
     rope_deltas: (B, 1) int64, what to add to a row's length for the next T index; set by the model. It follows when
-    rows are moved, repeated or selected. Cropping leaves it, which is right as long as no picture is cut off.
+    rows are moved, repeated or selected. Cropping leaves it, which is right as long as no image is cut off.
     """
 
     rope_deltas: torch.Tensor | None = None

@@ -2,7 +2,7 @@
 
 from . import conversion, publishing
 from .configuration_neo import NeoConfig
-from .image_processing_neo import load_picture
+from .image_processing_neo import load_image
 from .loading import NANO, load_image_processor, load_model_and_processor
 from .modeling_neo import NeoForConditionalGeneration
 from .processing_neo import NeoProcessor, format_timestamp
@@ -40,7 +40,7 @@ Model = Annotated[
         callback=_model_name,
     ),
 ]
-Images = Annotated[list[str], typer.Option("--image", metavar="FILE", help="Picture (path or URL). May be repeated.")]
+Images = Annotated[list[str], typer.Option("--image", metavar="FILE", help="Image (path or URL). May be repeated.")]
 Videos = Annotated[list[str], typer.Option("--video", metavar="FILE", help="Video (path or URL). May be repeated.")]
 Frames = Annotated[int | None, typer.Option(metavar="N", help="Frames to take of a video.")]
 Fps = Annotated[float | None, typer.Option(metavar="F", help="Frames to take per second of a video.")]
@@ -63,7 +63,7 @@ def chat(
     system: System = "",
     max_new_tokens: MaxNewTokens = 4096,
 ):
-    """Answer a question about pictures and videos, or hold a conversation line by line."""
+    """Answer a question about images and videos, or hold a conversation line by line."""
     media = _open_media(image, video)
     sampling = _sampling(frames, fps, start, end)
     model, processor = load_model_and_processor(model_name)
@@ -86,8 +86,8 @@ def _open_media(images: list[str], videos: list[str]) -> list[dict]:
     for file in videos:
         if not file.startswith(("http://", "https://")):
             open_video(file)
-    pictures = [{"type": "image", "image": load_picture(file)} for file in images]
-    return [*pictures, *({"type": "video", "video": file} for file in videos)]
+    parts: list[dict] = [{"type": "image", "image": load_image(file)} for file in images]
+    return [*parts, *({"type": "video", "video": file} for file in videos)]
 
 
 def _sampling(frames: int | None, fps: float | None, start: float | None, end: float | None) -> dict:
@@ -121,7 +121,7 @@ def show(
     token: Annotated[int, typer.Option(metavar="N", min=1, help="Token of the answer whose attention to draw.")] = 1,
     layer: Annotated[int | None, typer.Option(metavar="N", help="Layer to draw; the mean of all without.")] = None,
 ):
-    """Draw what the model sees of a prompt: units, indices, mask, and an answer's attention over the pictures."""
+    """Draw what the model sees of a prompt: units, indices, mask, and an answer's attention over the images."""
     from . import visualize  # needs matplotlib
 
     visualize.check_output(out)
@@ -173,7 +173,7 @@ def _questions(question: str | None) -> Iterator[str]:
 
 @app.command()
 def info(model_name: Model, image: Images = []):  # noqa: B006
-    """Describe a model: its sizes, parameters per part, and what pictures cost."""
+    """Describe a model: its sizes, parameters per part, and what images cost."""
     config = NeoConfig.from_pretrained(model_name)
     with torch.device("meta"):
         model = NeoForConditionalGeneration._from_config(config)
@@ -205,13 +205,13 @@ def info(model_name: Model, image: Images = []):  # noqa: B006
     side = vision.patch_size * vision.spatial_merge_size
     processor = load_image_processor(model_name)
     budget = f"{processor.min_pixels:,} to {processor.max_pixels:,} pixels"
-    print(f"pictures          {budget}, {side} x {side} per visual token")
+    print(f"images            {budget}, {side} x {side} per visual token")
     for file in image:
-        picture = load_picture(file)
-        rows, columns = (int(n) for n in processor(picture)["image_grid_hw"][0])
+        opened = load_image(file)
+        rows, columns = (int(n) for n in processor(opened)["image_grid_hw"][0])
         height, width = rows * vision.patch_size, columns * vision.patch_size
         tokens = rows * columns // vision.spatial_merge_size**2
-        size = f"{picture.height} x {picture.width} pixels (height x width)"
+        size = f"{opened.height} x {opened.width} pixels (height x width)"
         print(f"  {file}: {size}, seen as {height} x {width}: {tokens} visual tokens")
 
 

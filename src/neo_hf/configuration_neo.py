@@ -189,7 +189,7 @@ class NeoVisionConfig(PreTrainedConfig):
     hidden_size (`int`, *optional*, defaults to 1024):
         Width of a patch's features.
     min_pixels, max_pixels (`int`, *optional*, defaults to 65536 and 4194304):
-        Pixel budget of a picture, the default of the image processor.
+        Pixel budget of an image, the default of the image processor.
     rope_parameters (`dict`, *optional*):
         `{"rope_type": "default", "rope_theta": float}` of the two-dimensional rotary encoding of patch features.
     """

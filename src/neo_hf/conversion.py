@@ -538,7 +538,7 @@ def _write_processor(folder: Path, processor: NeoProcessor | None) -> list[str]:
 
 
 def _verify(folder: Path, infos: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor]):
-    """Compare a converted checkpoint with its source: each tensor, and logits with a picture."""
+    """Compare a converted checkpoint with its source: each tensor, and logits with an image."""
     converted = open_checkpoint(folder)
     differing = [name for name in infos if not torch.equal(converted.read(name), read(name).to(infos[name].dtype))]
     _raise_all(differing, "These tensors differ from their source")
@@ -549,8 +549,8 @@ def _verify(folder: Path, infos: Mapping[str, TensorInfo], read: Callable[[str],
     if config.image_token_id is not None:
         merge, vision = config.vision_config.spatial_merge_size, config.vision_config
         pixels = vision.num_channels * vision.patch_size**2
-        picture = [config.image_start_token_id, *[config.image_token_id] * 6, config.image_end_token_id]
-        ids = torch.cat([ids, torch.tensor([picture]), ids], dim=1)
+        image = [config.image_start_token_id, *[config.image_token_id] * 6, config.image_end_token_id]
+        ids = torch.cat([ids, torch.tensor([image]), ids], dim=1)
         grid = torch.tensor([[2 * merge, 3 * merge]])
         generator = torch.Generator().manual_seed(0)
         inputs = {"pixel_values": torch.randn(6 * merge**2, pixels, generator=generator), "image_grid_hw": grid}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class NeoGenerationMixin(GenerationMixin):
-    """`GenerationMixin` for a model with three-dimensional indices and pictures that are bidirectional inside."""
+    """`GenerationMixin` for a model with three-dimensional indices and images that are bidirectional inside."""
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
         input_ids = model_kwargs.get("input_ids")
@@ -47,7 +47,7 @@ class NeoGenerationMixin(GenerationMixin):
         )
         is_image = token_ids == self._image_token_id
         if past_length and not _covers(grid_hw, is_image, self.config.vision_config.spatial_merge_size):
-            # The whole conversation with only its new pictures: those in the cache need no grid.
+            # The whole conversation with only its new images: those in the cache need no grid.
             is_image[:, :past_length] = False
         hw = spatial_index(is_image, grid_hw, self.config.vision_config.spatial_merge_size)
         return torch.cat([t[None], hw])
@@ -55,7 +55,7 @@ class NeoGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, *, inputs_embeds=None, is_first_iteration=False, **kwargs):
         position_ids = kwargs.get("position_ids")
         if position_ids is not None and not (is_first_iteration and inputs_embeds is not None):
-            # Each step adds 1 to all three indices, but what is not a visual token has no place in a picture.
+            # Each step adds 1 to all three indices, but what is not a visual token has no place in an image.
             tokens = input_ids[:, -position_ids.shape[-1] :]
             is_text = F.pad(tokens != self._image_token_id, (position_ids.shape[-1] - tokens.shape[1], 0))
             if not is_first_iteration and kwargs.get("use_cache", True):
@@ -136,20 +136,20 @@ class NeoGenerationMixin(GenerationMixin):
 
         Args:
             tokenizer: one with NEO's special tokens.
-            pixel_values: (P, channels * patch_size * patch_size) patches of all pictures of the conversation.
-            question: the user's words; each `<image>` in them and in `history` is a picture. With pictures, without
+            pixel_values: (P, channels * patch_size * patch_size) patches of all images of the conversation.
+            question: the user's words; each `<image>` in them and in `history` is an image. With images, without
                 history and without a placeholder, `<image>\\n` is put in front.
             generation_config: arguments of `generate()`.
             history: (question, answer) pairs so far; not changed.
             return_history: whether to return the history with this turn added as well.
-            grid_hw: (N, 2) (rows, columns) of each picture in patches.
+            grid_hw: (N, 2) (rows, columns) of each image in patches.
             verbose: print question and answer.
 
         Returns:
             The answer, or the answer and the new history.
 
         Raises:
-            ValueError: placeholders and pictures differ in number.
+            ValueError: placeholders and images differ in number.
         """
         if history is None and pixel_values is not None and "<image>" not in question:
             question = f"<image>\n{question}"
@@ -162,15 +162,13 @@ class NeoGenerationMixin(GenerationMixin):
         kwargs = dict(generation_config or {})
         if pixel_values is not None:
             if grid_hw is None:
-                raise ValueError("pixel_values need grid_hw, (rows, columns) of each picture in patches.")
+                raise ValueError("pixel_values need grid_hw, (rows, columns) of each image in patches.")
             sizes = grid_hw.prod(-1) // self.config.vision_config.spatial_merge_size**2
             head, *tails = prompt.split("<image>")
             if len(tails) != len(sizes):
-                raise ValueError(
-                    f"The prompt has {len(tails)} <image> placeholders, but grid_hw {len(sizes)} pictures."
-                )
-            pictures = [f"<img>{'<IMG_CONTEXT>' * size}</img>" for size in sizes.tolist()]
-            prompt = head + "".join(picture + tail for picture, tail in zip(pictures, tails, strict=True))
+                raise ValueError(f"The prompt has {len(tails)} <image> placeholders, but grid_hw {len(sizes)} images.")
+            images = [f"<img>{'<IMG_CONTEXT>' * size}</img>" for size in sizes.tolist()]
+            prompt = head + "".join(image + tail for image, tail in zip(images, tails, strict=True))
             kwargs["pixel_values"] = pixel_values.to(self.device)
             kwargs["image_grid_hw"] = grid_hw.to(self.device)
 
@@ -211,12 +209,12 @@ def _features_of_columns(features, is_image: torch.Tensor, num_cached: int, colu
 
 
 def _refuse_split_images(is_image: torch.Tensor, chunk_size: int):
-    """A picture's tokens see each other: its keys must all be there when the first of them is computed."""
+    """An image's tokens see each other: its keys must all be there when the first of them is computed."""
     for end in range(chunk_size, is_image.shape[1], chunk_size):
-        split = is_image[:, end - 1] & is_image[:, end]  # <img> stands between two pictures
+        split = is_image[:, end - 1] & is_image[:, end]  # <img> stands between two images
         if split.any():
             raise ValueError(
-                f"prefill_chunk_size={chunk_size} would split a picture of row {int(split.nonzero()[0])} between "
+                f"prefill_chunk_size={chunk_size} would split an image of row {int(split.nonzero()[0])} between "
                 f"tokens {end - 1} and {end} of what is not cached yet. Choose a size whose chunks end outside of "
-                "pictures, or None."
+                "images, or None."
             )

@@ -1,4 +1,4 @@
-"""Pictures to normalised patches, exactly as the released checkpoints were trained on: Pillow, no torchvision."""
+"""Images to normalised patches, exactly as the released checkpoints were trained on: Pillow, no torchvision."""
 
 from .configuration_neo import NeoConfig  # noqa: F401  (imported first: it refuses an unsupported transformers)
 
@@ -32,14 +32,14 @@ MAX_ASPECT_RATIO = 200
 class NeoImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
     min_pixels, max_pixels (`int`, *optional*, defaults to 65536 and 4194304):
-        Pixel budget of a picture. Rounding can leave it slightly.
+        Pixel budget of an image. Rounding can leave it slightly.
     patch_size (`int`, *optional*, defaults to 16):
         Side of a patch in pixels.
     spatial_merge_size (`int`, *optional*, defaults to 2):
         A visual token folds `spatial_merge_size` x `spatial_merge_size` patches.
     share_pixel_budget (`bool`, *optional*, defaults to `False`):
-        The rule of training for samples of n > 1 pictures: each gets `max(2 * max_pixels // n, min_pixels)` at most. A
-        sample is an inner list of pictures, or all of them where they are not nested.
+        The rule of training for samples of n > 1 images: each gets `max(2 * max_pixels // n, min_pixels)` at most. A
+        sample is an inner list of images, or all of them where they are not nested.
     """
 
     min_pixels: int
@@ -51,11 +51,11 @@ class NeoImageProcessorKwargs(ImagesKwargs, total=False):
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """
-    The size to which a picture is resized: sides are multiples of `factor`, close to the picture's own, and their
-    product is close to the budget where the picture lies outside of it.
+    The size to which an image is resized: sides are multiples of `factor`, close to the image's own, and their
+    product is close to the budget where the image lies outside of it.
 
     Args:
-        height, width: of the picture, in pixels.
+        height, width: of the image, in pixels.
         factor: side of a visual token in pixels.
         min_pixels, max_pixels: the budget.
 
@@ -66,10 +66,10 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         ValueError: a side is 0, or the sides differ by more than a factor of 200.
     """
     if min(height, width) < 1:
-        raise ValueError(f"A picture must have at least 1x1 pixels (height x width), got {height}x{width}.")
+        raise ValueError(f"An image must have at least 1x1 pixels (height x width), got {height}x{width}.")
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         raise ValueError(
-            f"The sides of a picture may differ by a factor of {MAX_ASPECT_RATIO} at most, got {height}x{width} "
+            f"The sides of an image may differ by a factor of {MAX_ASPECT_RATIO} at most, got {height}x{width} "
             "pixels (height x width)."
         )
     new_height = max(factor, round(height / factor) * factor)
@@ -85,13 +85,13 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return new_height, new_width
 
 
-def load_picture(source: str | os.PathLike | bytes) -> Image.Image:
+def load_image(source: str | os.PathLike | bytes) -> Image.Image:
     """
-    Read a picture from a path, an http(s) URL, a `data:` URI, a base64 string or bytes, upright (EXIF). Keeps its
+    Read an image from a path, an http(s) URL, a `data:` URI, a base64 string or bytes, upright (EXIF). Keeps its
     mode, as what happens to transparency is decided later.
 
     Raises:
-        ValueError: it cannot be read as a picture; names the source and the reason.
+        ValueError: it cannot be read as an image; names the source and the reason.
     """
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
     name = name if len(name) <= 200 else name[:100] + "..."
@@ -104,7 +104,7 @@ def load_picture(source: str | os.PathLike | bytes) -> Image.Image:
             file = io.BytesIO(response.content)
         elif str(source).startswith("data:"):
             file = io.BytesIO(base64.b64decode(str(source).partition(",")[2]))
-        elif os.path.exists(source) or len(str(source)) < 200:  # no picture fits into so short a base64 string
+        elif os.path.exists(source) or len(str(source)) < 200:  # no image fits into so short a base64 string
             file = source
         else:
             file = io.BytesIO(base64.b64decode(str(source)))
@@ -112,13 +112,13 @@ def load_picture(source: str | os.PathLike | bytes) -> Image.Image:
             image.load()
             return ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow's decoders raise errors of every kind
-        raise ValueError(f"Cannot read the picture {name}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"Cannot read the image {name}: {type(error).__name__}: {error}") from error
 
 
 class NeoImageProcessor(PilBackend):
     """
-    Turns pictures into `pixel_values` (P, 3 * patch_size^2), float32 patches of all pictures one after another,
-    channel-major inside, row-major over each picture, and `image_grid_hw` (N, 2), (rows, columns) in patches.
+    Turns images into `pixel_values` (P, 3 * patch_size^2), float32 patches of all images one after another,
+    channel-major inside, row-major over each image, and `image_grid_hw` (N, 2), (rows, columns) in patches.
     """
 
     do_convert_rgb = True
@@ -145,7 +145,7 @@ class NeoImageProcessor(PilBackend):
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
         if isinstance(images, (str, bytes, os.PathLike)):
-            return load_picture(images)
+            return load_image(images)
         if getattr(images, "ndim", 0) == 2:  # gray
             return images[..., None]
         return super().fetch_images(images)
@@ -157,14 +157,14 @@ class NeoImageProcessor(PilBackend):
         input_data_format: str | ChannelDimension | None = None,
         **kwargs,
     ) -> np.ndarray:
-        """A picture (Pillow, numpy or torch) as an array (channels, height, width)."""
+        """An image (Pillow, numpy or torch) as an array (channels, height, width)."""
         if isinstance(image, Image.Image):
             image = self.convert_to_rgb(image) if do_convert_rgb else np.array(image)
             input_data_format = ChannelDimension.LAST
         elif isinstance(image, torch.Tensor):
             image = image.cpu().numpy()
         if not isinstance(image, np.ndarray):
-            raise ValueError(f"A picture must be a Pillow image, an array or a tensor, got {type(image).__name__}.")
+            raise ValueError(f"An image must be a Pillow image, an array or a tensor, got {type(image).__name__}.")
         if image.ndim == 2:
             image, input_data_format = image[None], ChannelDimension.FIRST
         if input_data_format is None:
@@ -175,7 +175,7 @@ class NeoImageProcessor(PilBackend):
 
     def convert_to_rgb(self, image, input_data_format: str | ChannelDimension | None = None) -> np.ndarray:
         """
-        An RGBA picture of which some pixels, but not all, are fully transparent is laid on white. All else is a plain
+        An RGBA image of which some pixels, but not all, are fully transparent is laid on white. All else is a plain
         conversion, which forgets transparency: so the models were trained.
 
         Returns:
@@ -190,7 +190,7 @@ class NeoImageProcessor(PilBackend):
             if channels == 1:
                 return image.repeat(3, axis=axis)
             if image.dtype != np.uint8:
-                raise ValueError(f"A picture with transparency must be uint8, got {image.dtype} {image.shape}.")
+                raise ValueError(f"An image with transparency must be uint8, got {image.dtype} {image.shape}.")
             rgb = self.convert_to_rgb(Image.fromarray(np.moveaxis(image, axis, -1), "RGBA"))
             return np.moveaxis(rgb, -1, axis)
         if image.mode == "RGBA":
@@ -205,16 +205,16 @@ class NeoImageProcessor(PilBackend):
         _check_budget(kwargs["min_pixels"], kwargs["max_pixels"])
         if kwargs.get("size") is not None:
             raise ValueError(
-                f"The size of a picture follows from min_pixels and max_pixels, got size={kwargs['size']}."
+                f"The size of an image follows from min_pixels and max_pixels, got size={kwargs['size']}."
             )
-        # The size follows from the budget and each picture: there is no `size` to be checked.
+        # The size follows from the budget and each image: there is no `size` to be checked.
         super()._validate_preprocess_kwargs(**{**kwargs, "do_resize": False})
 
     def _preprocess_image_like_inputs(self, images: ImageInput, **kwargs) -> BatchFeature:
         min_pixels, max_pixels = kwargs["min_pixels"], kwargs.pop("max_pixels")
         prepared = self._prepare_image_like_inputs(images, **kwargs)
         if not prepared:
-            raise ValueError("There must be at least one picture, got none.")
+            raise ValueError("There must be at least one image, got none.")
         budgets = [max_pixels] * len(prepared)
         if kwargs.pop("share_pixel_budget"):
             nested = isinstance(images, (list, tuple)) and all(isinstance(sample, (list, tuple)) for sample in images)
@@ -248,7 +248,7 @@ class NeoImageProcessor(PilBackend):
                 image = self.resize(image, SizeDict(height=height, width=width), resample)
             elif height % factor or width % factor or not height * width:
                 raise ValueError(
-                    f"Without do_resize, the sides of a picture must be positive multiples of {factor} pixels, got "
+                    f"Without do_resize, the sides of an image must be positive multiples of {factor} pixels, got "
                     f"{height}x{width} (height x width)."
                 )
             image = image.astype(np.float32)
@@ -265,7 +265,7 @@ class NeoImageProcessor(PilBackend):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """Patches of a picture of `height` x `width` pixels; `images_kwargs` may change its pixel budget."""
+        """Patches of an image of `height` x `width` pixels; `images_kwargs` may change its pixel budget."""
         settings = {
             name: getattr(self, name) for name in ("patch_size", "spatial_merge_size", "min_pixels", "max_pixels")
         }
@@ -276,7 +276,7 @@ class NeoImageProcessor(PilBackend):
 
 
 def shared_budget(max_pixels: int, min_pixels: int, count: int) -> int:
-    """What each of `count` pictures of a sample may have of a pixel budget in training."""
+    """What each of `count` images of a sample may have of a pixel budget in training."""
     return max(2 * max_pixels // count, min_pixels) if count > 1 else max_pixels
 
 

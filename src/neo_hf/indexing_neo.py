@@ -1,7 +1,7 @@
-"""Where each token stands: the three-dimensional indices of NEO and the pictures that they imply.
+"""Where each token stands: the three-dimensional indices of NEO and the images that they imply.
 
-Pure functions on integer tensors, without loops over tokens or pictures, shared by processor, model and collators.
-Shapes: B rows, L tokens, N pictures (or video frames), P patches. A visual token folds `spatial_merge_size` x
+Pure functions on integer tensors, without loops over tokens or images, shared by processor, model and collators.
+Shapes: B rows, L tokens, N images (or video frames), P patches. A visual token folds `spatial_merge_size` x
 `spatial_merge_size` patches. Sources: NEO paper, section 3.1 (Native-RoPE), and the released checkpoints' behaviour.
 """
 
@@ -23,7 +23,7 @@ def temporal_index(
 ) -> torch.Tensor:
     """
     T index of each token: `cumsum([token is not <IMG_CONTEXT>] + [previous token is <img>]) - 1`, so that `<img>` has
-    t, all visual tokens of its picture share t+1, and `</img>` has t+2.
+    t, all visual tokens of its image share t+1, and `</img>` has t+2.
 
     Args:
         input_ids: (B, L) token ids.
@@ -54,11 +54,11 @@ def temporal_index(
 
 def spatial_index(is_image: torch.Tensor, grid_hw: torch.Tensor | None, merge_size: int) -> torch.Tensor:
     """
-    Row and column of each visual token in the token grid of its picture, 0 for all other tokens.
+    Row and column of each visual token in the token grid of its image, 0 for all other tokens.
 
     Args:
-        is_image: boolean, any shape; True on visual tokens. In row-major order they fill picture after picture.
-        grid_hw: (N, 2) (rows, columns) of each picture in patches; may be None where there is no visual token.
+        is_image: boolean, any shape; True on visual tokens. In row-major order they fill image after image.
+        grid_hw: (N, 2) (rows, columns) of each image in patches; may be None where there is no visual token.
         merge_size: patches along each side of a visual token.
 
     Returns:
@@ -74,8 +74,8 @@ def spatial_index(is_image: torch.Tensor, grid_hw: torch.Tensor | None, merge_si
     torch_compilable_check(
         is_image.sum() == grid.prod(-1).sum(),
         lambda: (
-            f"Image tokens and pictures do not match: the input holds {int(is_image.sum())} image tokens, but "
-            f"image_grid_hw describes {len(grid)} pictures of {grid.prod(-1).tolist()} tokens."
+            f"Image tokens and images do not match: the input holds {int(is_image.sum())} image tokens, but "
+            f"image_grid_hw describes {len(grid)} images of {grid.prod(-1).tolist()} tokens."
         ),
     )
     if grid.shape[0] == 0:
@@ -105,8 +105,8 @@ def place_in_grids(rank: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor
 
 
 def check_grid(grid_hw: torch.Tensor, merge_size: int):
-    """Raise a ValueError that names the first picture whose grid of patches does not fold into visual tokens."""
-    what = "image_grid_hw must be an integer tensor of shape (pictures, 2), (rows, columns) in patches, got"
+    """Raise a ValueError that names the first image whose grid of patches does not fold into visual tokens."""
+    what = "image_grid_hw must be an integer tensor of shape (images, 2), (rows, columns) in patches, got"
     if not isinstance(grid_hw, torch.Tensor):
         raise ValueError(f"{what} {type(grid_hw).__name__} {grid_hw!r:.100}.")
     if grid_hw.ndim != 2 or grid_hw.shape[-1] != 2 or grid_hw.is_floating_point():
@@ -115,10 +115,10 @@ def check_grid(grid_hw: torch.Tensor, merge_size: int):
         return
     bad = ((grid_hw <= 0) | (grid_hw % merge_size != 0)).any(-1)
     if bad.any():
-        picture = int(bad.nonzero()[0])
+        image = int(bad.nonzero()[0])
         raise ValueError(
-            f"image_grid_hw[{picture}] must be positive multiples of {merge_size} patches (rows, columns), got "
-            f"{tuple(grid_hw[picture].tolist())}."
+            f"image_grid_hw[{image}] must be positive multiples of {merge_size} patches (rows, columns), got "
+            f"{tuple(grid_hw[image].tolist())}."
         )
 
 
@@ -133,12 +133,12 @@ def allocate_position_ids(
     document_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    The T, H and W index of every token (NEO paper, section 3.1). T counts tokens, a whole picture as one; H and W are
-    the row and column of a visual token in its picture, and 0 for all other tokens.
+    The T, H and W index of every token (NEO paper, section 3.1). T counts tokens, a whole image as one; H and W are
+    the row and column of a visual token in its image, and 0 for all other tokens.
 
     Args:
         input_ids: (B, L) token ids.
-        image_grid_hw: (N, 2) (rows, columns) in patches of the pictures, in prompt order, row after row of the batch.
+        image_grid_hw: (N, 2) (rows, columns) in patches of the images, in prompt order, row after row of the batch.
         image_token_id, image_start_token_id: ids of `<IMG_CONTEXT>` and `<img>`.
         spatial_merge_size: patches along each side of a visual token.
         attention_mask: (B, L), 0 on padding, whose indices are 0.
@@ -148,7 +148,7 @@ def allocate_position_ids(
         (3, B, L) int64: T, H, W.
 
     Raises:
-        ValueError: pictures and image tokens do not match in number, a grid does not fold into visual tokens, or
+        ValueError: images and image tokens do not match in number, a grid does not fold into visual tokens, or
             `attention_mask` or `document_ids` has another shape than `input_ids`.
     """
     for name, tensor in (("attention_mask", attention_mask), ("document_ids", document_ids)):
@@ -172,9 +172,9 @@ def document_starts(document_ids: torch.Tensor) -> torch.Tensor:
     return F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
 
 
-def picture_ids(temporal: torch.Tensor, document_ids: torch.Tensor | None = None) -> torch.Tensor:
+def image_ids(temporal: torch.Tensor, document_ids: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Which picture each token belongs to, read off the T indices: only the visual tokens of one picture share one.
+    Which image each token belongs to, read off the T indices: only the visual tokens of one image share one.
 
     Args:
         temporal: (B, L) T indices.
@@ -196,13 +196,13 @@ def without_time(grid_hw: torch.Tensor | None, grid_thw: torch.Tensor | None) ->
     Grids (N, 2), also where they are given as (N, 3), (1, rows, columns), as clients of other models carry them.
 
     Raises:
-        ValueError: one has several times; frames of a video are pictures of their own.
+        ValueError: one has several times; frames of a video are images of their own.
     """
     if grid_thw is None:
         return grid_hw
     if not is_tracing(grid_thw) and not (grid_thw[:, 0] == 1).all():
         raise ValueError(
-            f"image_grid_thw must be (1, rows, columns) for each picture or frame, got {grid_thw.tolist()}."
+            f"image_grid_thw must be (1, rows, columns) for each image or frame, got {grid_thw.tolist()}."
         )
     return grid_thw[:, 1:]
 

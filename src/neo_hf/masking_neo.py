@@ -1,8 +1,8 @@
-"""NEO's attention mask: text is causal, a picture is bidirectional inside, documents of a packed row are apart."""
+"""NEO's attention mask: text is causal, an image is bidirectional inside, documents of a packed row are apart."""
 
 from .attention_neo import KeyRuns, can_compile_kernels
 from .configuration_neo import NeoTextConfig
-from .indexing_neo import document_starts, picture_ids
+from .indexing_neo import document_starts, image_ids
 
 import copy
 
@@ -29,12 +29,12 @@ def create_neo_mask(
 ):
     """
     The attention mask of NEO, in the form that the attention implementation takes: a query sees a key of its own
-    document that stands before it or belongs to the same picture (NEO paper, section 3.1).
+    document that stands before it or belongs to the same image (NEO paper, section 3.1).
 
     Args:
         inputs_embeds: (B, L, ...), looked at for shape, dtype and device only.
         attention_mask: (B, S), 0 on padding, or a mask that is already in that form, which is returned as it is.
-        position_ids: (3, B, L) T, H and W indices of the new tokens. Pictures lie wholly within the new tokens.
+        position_ids: (3, B, L) T, H and W indices of the new tokens. Images lie wholly within the new tokens.
         document_ids: (B, L), equal on the tokens of one document of a packed row.
 
     Returns:
@@ -53,12 +53,12 @@ def create_neo_mask(
         # Padding becomes a document of its own.
         document_ids = document_ids.masked_fill(attention_mask == 0, document_ids.min() - 1)
         attention_mask = None
-    pictures = picture_ids(position_ids[0], document_ids) if length > 1 else None
-    if pictures is not None and not is_tracing(pictures):
-        if not (pictures >= 0).any():
-            pictures = None  # text only: causal kernels without a mask apply
-        if _takes_runs(config, inputs_embeds, pictures, document_ids, attention_mask):
-            runs = find_key_runs(inputs_embeds, padding, past_key_values, pictures, document_ids)
+    images = image_ids(position_ids[0], document_ids) if length > 1 else None
+    if images is not None and not is_tracing(images):
+        if not (images >= 0).any():
+            images = None  # text only: causal kernels without a mask apply
+        if _takes_runs(config, inputs_embeds, images, document_ids, attention_mask):
+            runs = find_key_runs(inputs_embeds, padding, past_key_values, images, document_ids)
             if runs is not None:
                 return runs.block_mask if implementation == "flex_attention" else runs
 
@@ -68,11 +68,11 @@ def create_neo_mask(
         # attention mask.
         places = torch.arange(length, device=document_ids.device)
         positions = places - torch.where(document_starts(document_ids), places, 0).cummax(-1).values
-    if pictures is not None and past_key_values is not None:
-        # The mask is indexed by place in the cache. Cached tokens need no numbers: no picture reaches back to them.
+    if images is not None and past_key_values is not None:
+        # The mask is indexed by place in the cache. Cached tokens need no numbers: no image reaches back to them.
         kv_length, _ = past_key_values.get_mask_sizes(length, 0)
-        places = torch.arange(length, device=pictures.device) + past_key_values.get_query_offset(0)
-        pictures = pictures.new_full((pictures.shape[0], kv_length), -1).index_copy(1, places, pictures)
+        places = torch.arange(length, device=images.device) + past_key_values.get_query_offset(0)
+        images = images.new_full((images.shape[0], kv_length), -1).index_copy(1, places, images)
     if implementation == "neo" or (implementation == "flex_attention" and length == 1):
         config = copy.copy(config)
         config._attn_implementation = "sdpa"
@@ -82,7 +82,7 @@ def create_neo_mask(
         attention_mask,
         past_key_values,
         position_ids=positions,
-        block_sequence_ids=pictures,
+        block_sequence_ids=images,
         # To find out that a single query may do without a mask, a GPU would have to be waited for.
         allow_is_causal_skip=length > 1,
     )
@@ -92,7 +92,7 @@ def _is_static(past_key_values: Cache | None) -> bool:
     return getattr(past_key_values, "is_compileable", False)
 
 
-def _takes_runs(config: NeoTextConfig, inputs_embeds: torch.Tensor, pictures, document_ids, attention_mask) -> bool:
+def _takes_runs(config: NeoTextConfig, inputs_embeds: torch.Tensor, images, document_ids, attention_mask) -> bool:
     """Whether attention goes by `KeyRuns`, if the mask allows it; docs/design.md says why."""
     if config._attn_implementation == "flex_attention":
         return True
@@ -100,7 +100,7 @@ def _takes_runs(config: NeoTextConfig, inputs_embeds: torch.Tensor, pictures, do
         return False
     if inputs_embeds.device.type != "cuda":
         return inputs_embeds.device.type == "cpu"
-    is_causal = pictures is None and document_ids is None and (attention_mask is None or bool(attention_mask.all()))
+    is_causal = images is None and document_ids is None and (attention_mask is None or bool(attention_mask.all()))
     if is_causal or inputs_embeds.shape[1] < MIN_FLEX_LENGTH:
         return False
     if not can_compile_kernels("cuda"):
@@ -116,7 +116,7 @@ def find_key_runs(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
-    pictures: torch.Tensor | None,
+    images: torch.Tensor | None,
     document_ids: torch.Tensor | None = None,
 ) -> KeyRuns | None:
     """
@@ -125,7 +125,7 @@ def find_key_runs(
     Args:
         inputs_embeds: (B, L, ...), looked at for shape and device only.
         attention_mask: (B, S), 0 on padding.
-        pictures: (B, L) from `picture_ids`, or None where all is text.
+        images: (B, L) from `image_ids`, or None where all is text.
         document_ids: (B, L), equal on the tokens of one document. Padding is not of the document next to it.
 
     Returns:
@@ -139,8 +139,8 @@ def find_key_runs(
     end = offset + length
     places = torch.arange(offset, end, device=inputs_embeds.device).expand(rows, -1)
     first, last = torch.zeros_like(places), places + 1
-    if pictures is not None:
-        goes_on = F.pad((pictures[:, 1:] == pictures[:, :-1]) & (pictures[:, 1:] >= 0), (0, 1))
+    if images is not None:
+        goes_on = F.pad((images[:, 1:] == images[:, :-1]) & (images[:, 1:] >= 0), (0, 1))
         last = last.masked_fill(goes_on, end).flip(-1).cummin(-1).values.flip(-1)
     if document_ids is not None:
         first = torch.where(document_starts(document_ids), places, 0).cummax(-1).values

@@ -3,16 +3,16 @@
 How it differs from Qwen3 (sections of the NEO paper):
 1. Pixels enter through a patch embedding of two matrix products, a GELU and a rotary encoding, not through a vision
    encoder (3.1).
-2. Each token has three indices (T, H, W); a picture's tokens share one T and count rows and columns (3.1,
+2. Each token has three indices (T, H, W); an image's tokens share one T and count rows and columns (3.1,
    Native-RoPE).
 3. Attention gets two more projections, `q_proj_hw` and `k_proj_hw`, for space: queries and keys are [T, H, W], twice
    as wide as values, each part with its own norm and rotation; the scale stays head_dim^-1/2 (3.1, Multi-Head Native
    Attention).
-4. Text is causal, a picture is bidirectional inside (3.1).
+4. Text is causal, an image is bidirectional inside (3.1).
 5. Layers [0, p) are the pre-Buffer, the others the post-LLM: one list, the same block (3.2).
 
 Shapes: B rows, L new tokens, S keys (cached ones included), E hidden size, D patch features, A attention heads,
-K key/value heads, d head_dim; P patches and V visual tokens of N pictures.
+K key/value heads, d head_dim; P patches and V visual tokens of N images.
 """
 
 from .attention_neo import can_compile_kernels, neo_attention_forward
@@ -91,7 +91,7 @@ class NeoPatchProjection(nn.Conv2d):
 
 
 class NeoPatchEmbedding(nn.Module):
-    """Pixels to visual tokens (NEO paper, section 3.1). All pictures of a batch go through together."""
+    """Pixels to visual tokens (NEO paper, section 3.1). All images of a batch go through together."""
 
     def __init__(self, config: NeoVisionConfig, output_size: int):
         super().__init__()
@@ -102,11 +102,11 @@ class NeoPatchEmbedding(nn.Module):
     def forward(self, pixel_values: torch.Tensor, grid_hw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            pixel_values: (P, channels * patch_size * patch_size), channel-major, patches row-major over each picture.
-            grid_hw: (N, 2) (rows, columns) of each picture in patches.
+            pixel_values: (P, channels * patch_size * patch_size), channel-major, patches row-major over each image.
+            grid_hw: (N, 2) (rows, columns) of each image in patches.
 
         Returns:
-            Patch features (P, D) and visual tokens (V, E), row-major over each picture.
+            Patch features (P, D) and visual tokens (V, E), row-major over each image.
         """
         config, merge = self.config, self.config.spatial_merge_size
         num_patches, patch_dim = pixel_values.shape
@@ -129,9 +129,9 @@ class NeoPatchEmbedding(nn.Module):
 
         # Number of the patch at each place of each token: the token's upper left one, then the others of its square.
         tokens = torch.arange(num_patches // merge**2, device=pixel_values.device)
-        picture, rows, columns = place_in_grids(tokens, grid_hw // merge)
-        sizes, width = grid_hw.prod(-1), grid_hw[picture, 1]
-        first = (sizes.cumsum(0) - sizes)[picture] + merge * (rows * width + columns)  # (V,)
+        image, rows, columns = place_in_grids(tokens, grid_hw // merge)
+        sizes, width = grid_hw.prod(-1), grid_hw[image, 1]
+        first = (sizes.cumsum(0) - sizes)[image] + merge * (rows * width + columns)  # (V,)
         step = torch.arange(merge, device=first.device)
         square = first[:, None, None] + step[:, None] * width[:, None, None] + step  # (V, merge, merge)
         # The weight is (E, D, merge, merge): features come first in each piece.
@@ -392,7 +392,7 @@ class NeoTextModel(NeoPreTrainedModel):
 class NeoModelOutputWithPast(BaseModelOutputWithPast):
     """
     image_hidden_states (`torch.Tensor` of shape `(V, E)`, *optional*):
-        The visual tokens, where pictures were given.
+        The visual tokens, where images were given.
     """
 
     image_hidden_states: torch.Tensor | None = None
@@ -402,7 +402,7 @@ class NeoModelOutputWithPast(BaseModelOutputWithPast):
 class NeoCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
     image_hidden_states (`torch.Tensor` of shape `(V, E)`, *optional*):
-        The visual tokens, where pictures were given.
+        The visual tokens, where images were given.
     """
 
     image_hidden_states: torch.Tensor | None = None
@@ -426,16 +426,16 @@ class NeoModel(NeoPreTrainedModel):
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
-        Embed pictures once, to feed them as `mm_encoder_outputs={"image": ...}` as often as wanted.
+        Embed images once, to feed them as `mm_encoder_outputs={"image": ...}` as often as wanted.
 
         Args:
             pixel_values: (P, channels * patch_size * patch_size) normalised patches, from the image processor.
-            image_grid_hw: (N, 2) (rows, columns) of each picture in patches.
+            image_grid_hw: (N, 2) (rows, columns) of each image in patches.
             image_grid_thw: (N, 3) (1, rows, columns), in place of `image_grid_hw`.
 
         Returns:
             `last_hidden_state`: patch features (P, D). `pooler_output`: a tuple with the visual tokens
-            (rows * columns / spatial_merge_size^2, E) of each picture.
+            (rows * columns / spatial_merge_size^2, E) of each image.
 
         Raises:
             ValueError: `image_grid_hw` is missing, does not fold into visual tokens or does not match the patches.
@@ -443,13 +443,13 @@ class NeoModel(NeoPreTrainedModel):
         image_grid_hw = without_time(image_grid_hw, image_grid_thw)
         if image_grid_hw is None:
             raise ValueError(
-                f"pixel_values {tuple(pixel_values.shape)} need image_grid_hw, (rows, columns) of each picture in "
+                f"pixel_values {tuple(pixel_values.shape)} need image_grid_hw, (rows, columns) of each image in "
                 "patches; the processor returns both."
             )
-        if image_grid_hw.shape[0] == 0:  # as collators make of samples without pictures
+        if image_grid_hw.shape[0] == 0:  # as collators make of samples without images
             return BaseModelOutputWithPooling(last_hidden_state=pixel_values, pooler_output=())
         features, tokens = self.patch_embed(pixel_values, image_grid_hw)
-        if is_tracing(tokens):  # a graph that tells pictures apart would be one for their number
+        if is_tracing(tokens):  # a graph that tells images apart would be one for their number
             return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=(tokens,))
         sizes = (image_grid_hw.prod(-1) // self.config.vision_config.spatial_merge_size**2).tolist()
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=tokens.split(sizes))
@@ -483,7 +483,7 @@ class NeoModel(NeoPreTrainedModel):
 
         Args:
             token_ids: (B, L) the new tokens.
-            image_grid_hw: (N, 2) (rows, columns) in patches of the pictures among the new tokens.
+            image_grid_hw: (N, 2) (rows, columns) in patches of the images among the new tokens.
             attention_mask: (B, S), 0 on padding, cached tokens included.
             past_key_values: the cache that the new tokens follow.
             document_ids: (B, L), equal on the tokens of one document of a packed row.
@@ -535,14 +535,14 @@ class NeoModel(NeoPreTrainedModel):
             position_ids: (3, B, L) T, H and W indices; computed where not given. (B, L) is transformers' convention
                 for packed rows where it starts anew within a row, else the indices of text.
             past_key_values: cached keys (B, K, S, 2d) and values (B, K, S, d); also by its newer name, `cache`.
-            pixel_values: (P, channels * patch_size * patch_size) patches of all pictures, in prompt order.
-            image_grid_hw: (N, 2) (rows, columns) of each picture in patches.
+            pixel_values: (P, channels * patch_size * patch_size) patches of all images, in prompt order.
+            image_grid_hw: (N, 2) (rows, columns) of each image in patches.
             document_ids: (B, L), equal on the tokens of one document of a packed row, different for neighbours.
             mm_encoder_outputs: `{"image": ...}` from `get_image_features`, in place of `pixel_values`.
             image_grid_thw: (N, 3) (1, rows, columns), in place of `image_grid_hw`, as TRL's GRPO carries grids.
 
         Raises:
-            ValueError: inputs that exclude each other, pictures and image tokens that do not match in number, grids
+            ValueError: inputs that exclude each other, images and image tokens that do not match in number, grids
                 that do not match the patches, token ids outside the vocabulary.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -587,7 +587,7 @@ class NeoModel(NeoPreTrainedModel):
             if document_ids is None and unmasked and cache is None:
                 document_ids = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[:2]))
             if document_ids is not None or image_hidden_states is not None:
-                position_ids = None  # one number per token cannot place pictures: computed below
+                position_ids = None  # one number per token cannot place images: computed below
             else:
                 text = position_ids.expand(inputs_embeds.shape[:2])
                 position_ids = torch.stack([text, torch.zeros_like(text), torch.zeros_like(text)])
@@ -627,8 +627,8 @@ class NeoModel(NeoPreTrainedModel):
         is_image = token_ids == self._image_token_id
         if not is_tracing(visual) and (count := int(is_image.sum())) != visual.shape[0]:
             raise ValueError(
-                f"Image tokens and pictures do not match: the input holds {count} image tokens (id "
-                f"{self.config.image_token_id}), the pictures give {visual.shape[0]} visual tokens."
+                f"Image tokens and images do not match: the input holds {count} image tokens (id "
+                f"{self.config.image_token_id}), the images give {visual.shape[0]} visual tokens."
             )
         return inputs_embeds.masked_scatter(is_image[..., None], visual.to(inputs_embeds.device, inputs_embeds.dtype))
 
@@ -677,7 +677,7 @@ class NeoOutputHead(nn.Linear):
 
 
 class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
-    """NEO with its output head: reads text and pictures, writes text."""
+    """NEO with its output head: reads text and images, writes text."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}

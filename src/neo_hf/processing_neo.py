@@ -1,4 +1,4 @@
-"""Prompts with pictures and videos: chat template, placeholders, tokens and patches in one call."""
+"""Prompts with images and videos: chat template, placeholders, tokens and patches in one call."""
 
 from .configuration_neo import NeoConfig  # noqa: F401  (imported first: it refuses an unsupported transformers)
 from .image_processing_neo import shared_budget
@@ -17,7 +17,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.video_processing_utils import VideoProcessorMixin
 from transformers.video_utils import VideoMetadata
 
-# ChatML. A picture is `<image>` on a line of its own, a video `<video>`; an empty system text gives no system block.
+# ChatML. An image is `<image>` on a line of its own, a video `<video>`; an empty system text gives no system block.
 # The generation markers enclose what is learnt: the assistant's words with the end of turn.
 CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
@@ -80,12 +80,12 @@ class NeoProcessor(ProcessorMixin):
     """
     Image processor, video processor, tokenizer and chat template of NEO.
 
-    Each `<image>` in a text stands for a picture and becomes `<img>`, one `<IMG_CONTEXT>` per visual token, `</img>`.
-    Each `<video>` becomes its sampled frames, pictures like any other, with their times (see `serialize_video`).
-    Returns `input_ids` and `attention_mask` (B, L), and with pictures or videos `pixel_values`
-    (P, 3 * patch_size^2) and `image_grid_hw` (N, 2) in patches: pictures and frames as one stream, in prompt order,
+    Each `<image>` in a text stands for an image and becomes `<img>`, one `<IMG_CONTEXT>` per visual token, `</img>`.
+    Each `<video>` becomes its sampled frames, images like any other, with their times (see `serialize_video`).
+    Returns `input_ids` and `attention_mask` (B, L), and with images or videos `pixel_values`
+    (P, 3 * patch_size^2) and `image_grid_hw` (N, 2) in patches: images and frames as one stream, in prompt order,
     row after row of the batch. Pixel budgets can be set per call (`min_pixels`, `max_pixels`, `share_pixel_budget`),
-    those of pictures and frames apart as `images_kwargs` and `videos_kwargs`; so can the sampling of frames
+    those of images and frames apart as `images_kwargs` and `videos_kwargs`; so can the sampling of frames
     (`num_frames`, `fps`, ..., see `NeoVideoProcessorKwargs`).
     """
 
@@ -137,8 +137,8 @@ class NeoProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """
         Args:
-            images: pictures (Pillow, numpy, torch, path, URL, base64) in prompt order: one, some, or a list per text.
-            text: a prompt or a list of prompts with `<image>` where a picture and `<video>` where a video stands.
+            images: images (Pillow, numpy, torch, path, URL, base64) in prompt order: one, some, or a list per text.
+            text: a prompt or a list of prompts with `<image>` where an image and `<video>` where a video stands.
             videos: videos (see `NeoVideoProcessor`) in prompt order: one, some, or a list per text.
             return_position_ids: whether to return the T, H and W indices as `position_ids` (3, B, L); needs
                 `return_tensors="pt"`. Defaults to the processor's own setting (off), as does the next one.
@@ -146,12 +146,12 @@ class NeoProcessor(ProcessorMixin):
                 `image_grid_hw`, as clients want them that cut `pixel_values` by grids themselves (TRL's GRPO).
 
         Raises:
-            ValueError: placeholders and pictures or videos differ in number, truncation cut through a picture, or a
-                picture or video cannot be read or has an impossible size.
+            ValueError: placeholders and images or videos differ in number, truncation cut through an image, or a
+                image or video cannot be read or has an impossible size.
         """
         offsets_asked = kwargs.get("return_text_replacement_offsets")
         if videos is not None and text is not None:
-            kwargs["return_text_replacement_offsets"] = True  # they tell the order of pictures and videos
+            kwargs["return_text_replacement_offsets"] = True  # they tell the order of images and videos
         inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         offsets = (
             inputs.get("text_replacement_offsets") if offsets_asked else inputs.pop("text_replacement_offsets", None)
@@ -183,19 +183,19 @@ class NeoProcessor(ProcessorMixin):
         return super().apply_chat_template(conversation, *args, **kwargs)
 
     def _join_streams(self, inputs: BatchFeature, offsets: list[list[dict]] | None):
-        """Put the patches of pictures and of videos in the order of their placeholders, in place."""
+        """Put the patches of images and of videos in the order of their placeholders, in place."""
         frames = {name: inputs.pop(f"video_{name}", None) for name in ("pixel_values", "image_grid_hw", "frames")}
         if frames["frames"] is None:
             return
         grids, pixels = list(frames["image_grid_hw"]), frames["pixel_values"]
         videos = _split(pixels, grids, [int(count) for count in frames["frames"]])
-        pictures: list = []
+        images: list = []
         if "pixel_values" in inputs:
-            picture_grids = list(inputs["image_grid_hw"])
-            pictures = _split(inputs["pixel_values"], picture_grids, [1] * len(picture_grids))
-        units = pictures + videos
+            image_grids = list(inputs["image_grid_hw"])
+            images = _split(inputs["pixel_values"], image_grids, [1] * len(image_grids))
+        units = images + videos
         if offsets is not None:
-            iterators = {"image": iter(pictures), "video": iter(videos)}
+            iterators = {"image": iter(images), "video": iter(videos)}
             units = [next(iterators[replaced["type"]]) for row in offsets for replaced in row]
         stack, join = (torch.stack, torch.cat) if isinstance(pixels, torch.Tensor) else (np.stack, np.concatenate)
         inputs["pixel_values"] = join([unit for unit, _ in units])
@@ -223,12 +223,12 @@ class NeoProcessor(ProcessorMixin):
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if images is None and text is None and videos is None:
-            raise ValueError(f"{type(self).__name__} needs text, pictures or videos.")
+            raise ValueError(f"{type(self).__name__} needs text, images or videos.")
         if text is None:
             return
         if not all(isinstance(sample, str) for sample in text):
             raise ValueError(f"text must be a string or a list of strings, got {text!r:.200}.")
-        for what, token, given in (("Pictures", self.image_token, images), ("Videos", self.video_token, videos)):
+        for what, token, given in (("Images", self.image_token, images), ("Videos", self.video_token, videos)):
             placeholders = [sample.count(token) for sample in text]
             counts = [len(sample) for sample in given or [[]] * len(text)]
             if placeholders != counts:
@@ -249,7 +249,7 @@ class NeoProcessor(ProcessorMixin):
             frames = [self.replace_image_token(features, first + i, **kwargs) for i in range(len(tails))]
             texts.append(head + "".join(frame + tail for frame, tail in zip(frames, tails, strict=True)))
             first += len(tails)
-        # Under names of their own, as pictures have theirs already; joined at the end.
+        # Under names of their own, as images have theirs already; joined at the end.
         data = {f"video_{name}": features[name] for name in ("pixel_values", "image_grid_hw")}
         data["video_frames"] = [len(metadata.frames_indices) for metadata in features["video_metadata"]]
         return data | {"video_metadata": features["video_metadata"]}, texts
@@ -266,20 +266,20 @@ class NeoProcessor(ProcessorMixin):
         found = [list(row).count(self.image_token_id) for row in (ids.tolist() if hasattr(ids, "tolist") else ids)]
         if any(expected) and found != expected:
             raise ValueError(
-                f"Truncation cut through a picture: the prompts hold {expected} image tokens, of which {found} are "
+                f"Truncation cut through an image: the prompts hold {expected} image tokens, of which {found} are "
                 "left. Raise max_length or turn truncation off."
             )
 
     @property
     def model_input_names(self) -> list[str]:
-        return list(dict.fromkeys(super().model_input_names))  # pictures and videos share theirs
+        return list(dict.fromkeys(super().model_input_names))  # images and videos share theirs
 
     def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
         """
-        Visual tokens and patches of pictures and videos of the given sizes.
+        Visual tokens and patches of images and videos of the given sizes.
 
         Args:
-            image_sizes: (height, width) in pixels of each picture.
+            image_sizes: (height, width) in pixels of each image.
             video_sizes: (sampled frames, height, width) of each video.
             kwargs: budgets, as in a call.
         """
@@ -357,13 +357,13 @@ def format_timestamp(seconds: float) -> str:
 
 
 def _split(pixels, grids: list, counts: list[int]) -> list[tuple]:
-    """Cut patches (P, ...) into units of so many pictures each: the patches and the grids of each unit."""
-    units, patch, picture = [], 0, 0
+    """Cut patches (P, ...) into units of so many images each: the patches and the grids of each unit."""
+    units, patch, image = [], 0, 0
     for count in counts:
-        unit_grids = grids[picture : picture + count]
+        unit_grids = grids[image : image + count]
         end = patch + sum(int(grid[0]) * int(grid[1]) for grid in unit_grids)
         units.append((pixels[patch:end], unit_grids))
-        patch, picture = end, picture + count
+        patch, image = end, image + count
     return units
 
 

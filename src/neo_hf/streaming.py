@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 @dataclass(frozen=True)
 class _Frame:
-    """Tokens [start, end) that one frame holds: its time, its picture and the newline after it."""
+    """Tokens [start, end) that one frame holds: its time, its image and the newline after it."""
 
     start: int
     end: int
@@ -95,11 +95,11 @@ class NeoStream:
         Show a frame to the model.
 
         Args:
-            image: a picture (Pillow, numpy, torch or path).
+            image: an image (Pillow, numpy, torch or path).
             timestamp: its time in seconds, not before that of the frame before.
 
         Raises:
-            ValueError: the picture cannot be read, the timestamp is out of order, or the bound has no room for the
+            ValueError: the image cannot be read, the timestamp is out of order, or the bound has no room for the
                 frame. The stream is as before.
         """
         self._check_idle()
@@ -146,8 +146,8 @@ class NeoStream:
         Add tokens as they are, before any text that waits; `add_frame` is made of it.
 
         Args:
-            input_ids: (1, L) token ids; all tokens of a picture come together.
-            pixel_values, image_grid_hw: (P, ...) patches and (N, 2) grids of the pictures among them.
+            input_ids: (1, L) token ids; all tokens of an image come together.
+            pixel_values, image_grid_hw: (P, ...) patches and (N, 2) grids of the images among them.
             kwargs: of `model.forward`.
 
         Returns:
@@ -283,7 +283,7 @@ class NeoStream:
     def _check_text(self, text: str):
         for token in (self.processor.image_start_token, self.processor.image_context_token):
             if token in text:
-                raise ValueError(f"Text must not hold {token}, which stands for pictures, got {text!r:.200}.")
+                raise ValueError(f"Text must not hold {token}, which stands for images, got {text!r:.200}.")
 
     def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoded = self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

@@ -1,4 +1,4 @@
-"""NEO's tokenizer: Qwen3's with special tokens for pictures, boxes and actions."""
+"""NEO's tokenizer: Qwen3's with special tokens for images, boxes and actions."""
 
 import os
 from importlib.resources import files

@@ -1,7 +1,7 @@
-"""Videos to normalised patches: a video is its sampled frames, each a picture of its own. No torchvision."""
+"""Videos to normalised patches: a video is its sampled frames, each an image of its own. No torchvision."""
 
 from .configuration_neo import NeoConfig  # noqa: F401  (imported first: it refuses an unsupported transformers)
-from .image_processing_neo import NeoImageProcessor, load_picture, smart_resize
+from .image_processing_neo import NeoImageProcessor, load_image, smart_resize
 
 import base64
 import io
@@ -51,7 +51,7 @@ class NeoVideoProcessorKwargs(VideosKwargs, total=False):
     max_video_tokens (`int`, *optional*):
         Visual tokens of all frames of a video at most. Frames shrink, down to `min_pixels`, before any is left out.
     patch_size, spatial_merge_size (`int`, *optional*, defaults to 16 and 2):
-        As of pictures.
+        As of images.
     do_sample_frames (`bool`, *optional*):
         By default, files are sampled; frames that are given as such are if the call says how, or if their metadata
         gives a rate and no `frames_indices`. `False`: take all frames, `True`: sample always.
@@ -72,7 +72,7 @@ class NeoVideoProcessorKwargs(VideosKwargs, total=False):
 class NeoVideoProcessor(VideoProcessorMixin, NeoImageProcessor):
     """
     Turns videos into `pixel_values` (P, 3 * patch_size^2) and `image_grid_hw` (frames, 2), just as if their frames
-    were pictures, video after video; with `return_metadata`, also a `VideoMetadata` per video, whose `frames_indices`
+    were images, video after video; with `return_metadata`, also a `VideoMetadata` per video, whose `frames_indices`
     are the frames taken.
 
     A video is a path, a URL, frames (T, H, W, C) or (T, C, H, W) as an array or tensor, or a list of frames (Pillow,
@@ -163,7 +163,7 @@ class NeoVideoProcessor(VideoProcessorMixin, NeoImageProcessor):
             metadata = _metadata_of_frames(video, metadata)
             known = metadata.frames_indices
             places = choose(metadata)
-            first = load_picture(video[0]) if isinstance(video[0], (str, os.PathLike)) else video[0]
+            first = load_image(video[0]) if isinstance(video[0], (str, os.PathLike)) else video[0]
             metadata.height, metadata.width = self.process_image(_to_numpy(first)).shape[1:]
             places, budget = self._fit(places, metadata, **settings)
             metadata.frames_indices = [known[place] for place in places] if known is not None else places
@@ -193,7 +193,7 @@ class NeoVideoProcessor(VideoProcessorMixin, NeoImageProcessor):
     def _prepare(self, frames, metadata, do_convert_rgb, layout) -> Iterator[np.ndarray]:
         for number, frame in enumerate(frames):
             if isinstance(frame, (str, os.PathLike)):
-                frame = load_picture(frame)
+                frame = load_image(frame)
             image = self.process_image(_to_numpy(frame), do_convert_rgb=do_convert_rgb, input_data_format=layout)
             if image.shape[1:] != (metadata.height, metadata.width):
                 raise ValueError(

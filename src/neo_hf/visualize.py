@@ -1,9 +1,9 @@
 """What the model sees of a prompt, drawn: its units, the T, H and W indices, the attention mask, and the attention of
-an answer's token over the pictures. Needs matplotlib (extra `plot`).
+an answer's token over the images. Needs matplotlib (extra `plot`).
 
 `plot_prompt` draws all of it; `read_prompt` gives the data, and the other functions draw one part each, on `ax` where
 it is given. Nothing is shown or written: figures belong to no window, `figure.savefig` writes them. Shapes: L tokens,
-N pictures (or video frames).
+N images (or video frames).
 """
 
 from .configuration_neo import NeoConfig
@@ -38,12 +38,12 @@ except ImportError as error:
     raise ImportError("Drawing needs matplotlib: pip install 'neo-hf[plot]', or pip install matplotlib.") from error
 
 TEXT_COLOR = "#c3c8d0"
-PICTURE_COLORS = ("#e8833a", "#3f9b6c", "#8f5fc0", "#cf4d6f", "#2f9ec4", "#b59a1f")
+IMAGE_COLORS = ("#e8833a", "#3f9b6c", "#8f5fc0", "#cf4d6f", "#2f9ec4", "#b59a1f")
 AXIS_COLORS = {"T": "#30343b", "H": "#d1495b", "W": "#2e86c1"}
 MASK_COLORS = ListedColormap(["#ffffff", "#33658a"])
 MAX_CARDS = 17
 CARD_GAP = 0.006  # of the width
-MAX_PICTURES = 9
+MAX_IMAGES = 9
 MAX_MASK_SIDE = 1024  # more than the dots of its axes
 
 
@@ -57,15 +57,15 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Text(Unit):
-    """All text between two pictures or borders of documents, decoded."""
+class TextUnit(Unit):
+    """All text between two images or borders of documents, decoded."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Picture(Unit):
-    """The visual tokens of picture `number` of the row: `grid` (rows, columns), `pixels` (height, width, 3) uint8."""
+class ImageUnit(Unit):
+    """The visual tokens of image `number` of the row: `grid` (rows, columns), `pixels` (height, width, 3) uint8."""
 
     number: int
     grid: tuple[int, int]
@@ -81,7 +81,7 @@ class Prompt:
     position_ids: (3, L) int64 T, H and W indices.
     mask: (L, L) bool, whether a query (row) sees a key (column).
     units: from the first token to the last, without gaps.
-    pixel_values, image_grid_hw: patches and (N, 2) grids of its pictures, `None` where there are none.
+    pixel_values, image_grid_hw: patches and (N, 2) grids of its images, `None` where there are none.
     """
 
     input_ids: torch.Tensor
@@ -92,9 +92,9 @@ class Prompt:
     image_grid_hw: torch.Tensor | None
 
     @property
-    def pictures(self) -> list[Picture]:
-        """The units that are pictures, in order."""
-        return [unit for unit in self.units if isinstance(unit, Picture)]
+    def images(self) -> list[ImageUnit]:
+        """The units that are images, in order."""
+        return [unit for unit in self.units if isinstance(unit, ImageUnit)]
 
 
 def read_prompt(config: NeoConfig, processor: NeoProcessor, inputs: Mapping[str, torch.Tensor]) -> Prompt:
@@ -105,7 +105,7 @@ def read_prompt(config: NeoConfig, processor: NeoProcessor, inputs: Mapping[str,
             `document_ids` (1, L) of a packed row. The mask takes memory in proportion to L^2 bytes.
 
     Raises:
-        ValueError: there are more rows, `position_ids` are not three-dimensional, or pictures and image tokens do not
+        ValueError: there are more rows, `position_ids` are not three-dimensional, or images and image tokens do not
             match in number.
     """
     rows, length = inputs["input_ids"].shape
@@ -159,34 +159,34 @@ def _find_units(
     grid_hw: torch.Tensor | None,
     processor: NeoProcessor,
 ) -> list[Unit]:
-    pictures, grids = [], []
-    number = torch.full_like(input_ids, -1)  # of the picture, -1 on text
+    images, grids = [], []
+    number = torch.full_like(input_ids, -1)  # of the image, -1 on text
     if grid_hw is not None and len(grid_hw):
         if pixels is None:
-            raise ValueError(f"image_grid_hw describes {len(grid_hw)} pictures, but there are no pixel_values.")
+            raise ValueError(f"image_grid_hw describes {len(grid_hw)} images, but there are no pixel_values.")
         merge_size = processor.image_processor.spatial_merge_size
         for patches, (rows, columns) in zip(pixels.split(grid_hw.prod(-1).tolist()), grid_hw.tolist(), strict=True):
-            pictures.append(patches_to_picture(patches, rows, columns, processor.image_processor))
+            images.append(patches_to_image(patches, rows, columns, processor.image_processor))
             grids.append((rows // merge_size, columns // merge_size))
         is_image = input_ids == processor.image_token_id
         place, _, _ = place_in_grids(is_image.cumsum(-1) - 1, torch.tensor(grids))
         number = torch.where(is_image, place, -1)
     opens = document_starts(torch.zeros_like(input_ids) if document_ids is None else document_ids)
-    starts = document_starts(number) | opens  # neighbours of another number, be it of a document or a picture
+    starts = document_starts(number) | opens  # neighbours of another number, be it of a document or an image
     documents = (opens.cumsum(-1) - 1)[0].tolist()
     edges = [*starts[0].nonzero()[:, 0].tolist(), input_ids.shape[1]]
     units: list[Unit] = []
     for start, stop in pairwise(edges):
-        if (picture := int(number[0, start])) < 0:
-            units.append(Text(start, stop, documents[start], processor.tokenizer.decode(input_ids[0, start:stop])))
+        if (image := int(number[0, start])) < 0:
+            units.append(TextUnit(start, stop, documents[start], processor.tokenizer.decode(input_ids[0, start:stop])))
         else:
-            units.append(Picture(start, stop, documents[start], picture, grids[picture], pictures[picture]))
+            units.append(ImageUnit(start, stop, documents[start], image, grids[image], images[image]))
     return units
 
 
-def patches_to_picture(patches: torch.Tensor, rows: int, columns: int, processor: NeoImageProcessor) -> np.ndarray:
+def patches_to_image(patches: torch.Tensor, rows: int, columns: int, processor: NeoImageProcessor) -> np.ndarray:
     """
-    The picture that was cut into normalised patches, undone.
+    The image that was cut into normalised patches, undone.
 
     Args:
         patches: (rows * columns, 3 * patch_size^2), row-major, channel-major inside.
@@ -217,25 +217,25 @@ def answer_attention(
         (L,) float32 weights, mean over heads, 0 on other documents; sum 1. And the id of the likeliest next token.
 
     Raises:
-        ValueError: there is no such layer, or the prompt ends within a picture.
+        ValueError: there is no such layer, or the prompt ends within an image.
     """
     num_layers = model.config.text_config.num_hidden_layers
     if layer is not None and not 0 <= layer < num_layers:
         raise ValueError(f"layer must be 0 to {num_layers - 1}, got {layer}.")
     last = prompt.units[-1]
-    if isinstance(last, Picture):
-        raise ValueError("The prompt ends with a picture; the answer follows a token of text.")
+    if isinstance(last, ImageUnit):
+        raise ValueError("The prompt ends with an image; the answer follows a token of text.")
     document = [unit for unit in prompt.units if unit.document == last.document]
     start = document[0].start
     input_ids = prompt.input_ids[None, start:].to(model.device)
     position_ids = prompt.position_ids[:, None, start:].to(model.device)
-    pictures = {}
-    if count := sum(isinstance(unit, Picture) for unit in document):
+    images = {}
+    if count := sum(isinstance(unit, ImageUnit) for unit in document):
         assert prompt.image_grid_hw is not None
         assert prompt.pixel_values is not None
         grid_hw = prompt.image_grid_hw[-count:]
         patches = prompt.pixel_values[-int(grid_hw.prod(-1).sum()) :]
-        pictures = {"pixel_values": patches.to(model.device), "image_grid_hw": grid_hw.to(model.device)}
+        images = {"pixel_values": patches.to(model.device), "image_grid_hw": grid_hw.to(model.device)}
 
     cache = DynamicCache(config=model.config.get_text_config())
     if input_ids.shape[1] > 1:
@@ -244,7 +244,7 @@ def answer_attention(
             position_ids=position_ids[..., :-1],
             past_key_values=cache,
             logits_to_keep=1,
-            **pictures,
+            **images,
         )
     decoder = model.get_decoder()
     implementation = decoder.config._attn_implementation
@@ -285,14 +285,14 @@ def with_answer(
 
 def plot_units(prompt: Prompt, ax: Axes | None = None) -> Figure:
     """
-    The units along the tokens: pictures as the model gets them, with number and grid, and text as it is read, with its
+    The units along the tokens: images as the model gets them, with number and grid, and text as it is read, with its
     tokens. Of many units, those at both ends are shown.
     """
     ax = ax or _new_axes(14, 2.6)
     length = len(prompt.input_ids)
     ax.set(xlim=(0, length), ylim=(-0.12, 1), xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
-    ax.set_title(f"{length:,} tokens, {len(prompt.pictures)} pictures", loc="left")
+    ax.set_title(f"{length:,} tokens, {len(prompt.images)} images", loc="left")
     colors = _unit_colors(prompt)
     for unit, color in zip(prompt.units, colors, strict=True):
         ax.add_patch(
@@ -324,12 +324,12 @@ def plot_units(prompt: Prompt, ax: Axes | None = None) -> Figure:
         card.spines[:].set_color(color)
         count = unit.stop - unit.start
         caption = f"{count:,} token{'s' * (count > 1)}"
-        if isinstance(unit, Picture):
+        if isinstance(unit, ImageUnit):
             card.imshow(unit.pixels)
             card.spines[:].set_linewidth(2)
             rows, columns = unit.grid
             caption = f"{unit.number + 1}: {rows} x {columns}"
-        elif isinstance(unit, Text):
+        elif isinstance(unit, TextUnit):
             lines = [
                 part for line in unit.text.splitlines(True) for part in textwrap.wrap(line.replace("\n", "↵"), letters)
             ]
@@ -361,7 +361,7 @@ def plot_position_ids(prompt: Prompt, ax: Axes | None = None) -> Figure:
     for name, index, side, width in zip("THW", prompt.position_ids, (ax, right, right), (1.4, 1.2, 0.6), strict=True):
         lines += side.plot(index, color=AXIS_COLORS[name], label=name, lw=width, zorder=2 + width, ds="steps-post")
     for unit, color in zip(prompt.units, _unit_colors(prompt), strict=True):
-        if isinstance(unit, Picture):
+        if isinstance(unit, ImageUnit):
             ax.axvspan(unit.start, unit.stop, color=color, alpha=0.12, lw=0)
     for start in _document_borders(prompt):
         ax.axvline(start, color="black", lw=1.5)
@@ -413,23 +413,23 @@ def shrink_mask(mask: np.ndarray, side: int) -> np.ndarray:
 
 def plot_attention(prompt: Prompt, weights: np.ndarray, number: int = 0, ax: Axes | None = None) -> Figure:
     """
-    Attention over a picture, laid on it token by token.
+    Attention over an image, laid on it token by token.
 
     Args:
         weights: (L,) from `answer_attention`.
-        number: of the picture in the prompt. Colours reach up to the largest weight in any picture.
+        number: of the image in the prompt. Colours reach up to the largest weight in any image.
     """
     ax = ax or _new_axes(6, 5)
-    unit = prompt.pictures[number]
+    unit = prompt.images[number]
     height, width, _ = unit.pixels.shape
-    top = max(weights[unit.start : unit.stop].max() for unit in prompt.pictures)
+    top = max(weights[unit.start : unit.stop].max() for unit in prompt.images)
     ax.imshow(unit.pixels.mean(-1), cmap="gray", vmin=-128, vmax=255)  # pale gray: colour is attention
     on_grid = weights[unit.start : unit.stop].reshape(unit.grid)
     top = max(top, np.finfo(np.float32).tiny)
     colors = {"cmap": "YlOrRd", "vmin": 0, "vmax": top, "alpha": 0.9 * on_grid / top}
     ax.imshow(on_grid, extent=(0, width, height, 0), interpolation="nearest", **colors)
     ax.set(xticks=[], yticks=[])
-    ax.set_title(f"Picture {number + 1}: {on_grid.sum():.1%}", fontsize=9)
+    ax.set_title(f"Image {number + 1}: {on_grid.sum():.1%}", fontsize=9)
     return _figure_of(ax)
 
 
@@ -440,8 +440,8 @@ def plot_prompt(
     layer: int | None = None,
 ) -> Figure:
     """
-    All that the model sees of a prompt: units, indices, mask, and attention over the pictures when the next token is
-    said; of many pictures, those with the most.
+    All that the model sees of a prompt: units, indices, mask, and attention over the images when the next token is
+    said; of many images, those with the most.
 
     Args:
         inputs: as for `read_prompt`.
@@ -456,16 +456,16 @@ def plot_prompt(
     units, positions = along.subplots(2, 1, height_ratios=(2.8, 2))
     plot_units(prompt, units)
     plot_position_ids(prompt, positions)
-    pictures = [unit for unit in prompt.pictures if unit.document == prompt.units[-1].document]
-    if not pictures:
+    images = [unit for unit in prompt.images if unit.document == prompt.units[-1].document]
+    if not images:
         plot_mask(prompt, square.subplots())
         return figure
     left, right = square.subfigures(1, 2, width_ratios=(5.6, 8.4), squeeze=False)[0]
     plot_mask(prompt, left.subplots())
 
     weights, token_id = answer_attention(model, prompt, layer)
-    shares = {unit.number: weights[unit.start : unit.stop].sum() for unit in pictures}
-    shown = sorted(sorted(shares, key=lambda number: -shares[number])[:MAX_PICTURES])
+    shares = {unit.number: weights[unit.start : unit.stop].sum() for unit in images}
+    shown = sorted(sorted(shares, key=lambda number: -shares[number])[:MAX_IMAGES])
     columns = math.ceil(math.sqrt(len(shown)))
     axes = right.subplots(math.ceil(len(shown) / columns), columns, squeeze=False)
     for ax in axes.flat[len(shown) :]:
@@ -475,7 +475,7 @@ def plot_prompt(
     right.colorbar(axes.flat[0].images[1], ax=axes, shrink=0.8, label="attention per token")
     where = "mean over layers and heads" if layer is None else f"layer {layer}, mean over heads"
     answer, share = processor.tokenizer.decode(token_id), sum(shares.values())
-    right.suptitle(f"Attention when answering {answer!r}: {share:.1%} on pictures ({where})", parse_math=False)
+    right.suptitle(f"Attention when answering {answer!r}: {share:.1%} on images ({where})", parse_math=False)
     return figure
 
 
@@ -512,7 +512,7 @@ def _figure_of(ax: Axes) -> Figure:
 
 def _unit_colors(prompt: Prompt) -> list[str]:
     return [
-        PICTURE_COLORS[unit.number % len(PICTURE_COLORS)] if isinstance(unit, Picture) else TEXT_COLOR
+        IMAGE_COLORS[unit.number % len(IMAGE_COLORS)] if isinstance(unit, ImageUnit) else TEXT_COLOR
         for unit in prompt.units
     ]
 

@@ -20,9 +20,9 @@ def first_turn(sample: dict) -> tuple[torch.Tensor, torch.Tensor]:
     return sample["input_ids"][:start], sample["input_ids"][start:end]
 
 
-def picture_from_patches(patches: torch.Tensor, grid: torch.Tensor, image_processor: NeoImageProcessor) -> Image.Image:
+def image_from_patches(patches: torch.Tensor, grid: torch.Tensor, image_processor: NeoImageProcessor) -> Image.Image:
     """
-    The picture as the model sees it.
+    The image as the model sees it.
 
     Args:
         patches: (rows * columns, 3 * patch_size^2) normalised, channel-major, row by row.
@@ -39,7 +39,7 @@ def picture_from_patches(patches: torch.Tensor, grid: torch.Tensor, image_proces
 class SampledAnswers(TrainerCallback):
     """
     After each evaluation, answers the first question of some samples and writes them to
-    `output_dir/answers/step-N.md`, beside what was to be learnt and the pictures as the model sees them.
+    `output_dir/answers/step-N.md`, beside what was to be learnt and the images as the model sees them.
 
     Args:
         samples: of `load_samples`.
@@ -63,7 +63,7 @@ class SampledAnswers(TrainerCallback):
             prompt, answer = first_turn(sample)
             inputs = {"input_ids": prompt[None], "attention_mask": torch.ones_like(prompt[None])}
             num_visual = int((prompt == self.processor.image_token_id).sum())
-            pictures: list[Image.Image] = []
+            images: list[Image.Image] = []
             if num_visual:
                 image_processor = self.processor.image_processor
                 merge = image_processor.spatial_merge_size
@@ -72,17 +72,17 @@ class SampledAnswers(TrainerCallback):
                 sizes = grids.prod(-1).tolist()
                 inputs |= {"pixel_values": sample["pixel_values"][: sum(sizes)], "image_grid_hw": grids}
                 patches = inputs["pixel_values"].split(sizes)
-                pictures = [picture_from_patches(*both, image_processor) for both in zip(patches, grids, strict=True)]
+                images = [image_from_patches(*both, image_processor) for both in zip(patches, grids, strict=True)]
             inputs = {name: value.to(args.device) for name, value in inputs.items()}
             output = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
             said = self.processor.decode(output[0, len(prompt) :], skip_special_tokens=True)
             expected = self.processor.decode(answer, skip_special_tokens=True)
             asked = self.processor.decode(prompt, skip_special_tokens=True)
             pieces.append(f"## {sample.get('name', number)}")
-            for place, picture in enumerate(pictures):
+            for place, image in enumerate(images):
                 name = f"{number}-{place}.png"
                 if state.is_world_process_zero:
-                    picture.save(folder / name)
+                    image.save(folder / name)
                 pieces.append(f"![{name}]({name})")
             pieces += [
                 f"{title}\n\n```text\n{text.strip()}\n```"

@@ -22,7 +22,7 @@ class PaddedCollator:
 
     Returns of a call:
         `input_ids`, `attention_mask` and `labels` (B, L) int64; `loss_weight` (B, L) float32, the weight of predicting
-        this token, 0 on what is ignored; with pictures, `pixel_values` (P, 3 * patch_size^2) float32 and
+        this token, 0 on what is ignored; with images, `pixel_values` (P, 3 * patch_size^2) float32 and
         `image_grid_hw` (N, 2) int64; `sample_names`, a list, where all samples have names.
 
     Raises:
@@ -105,10 +105,10 @@ def join_rows(rows: list[list[dict]], length: int, pad_token_id: int, loss_weigh
             end += len(labels)
         batch["document_ids"][number, end:] = len(row)
     samples = [sample for row in rows for sample in row]
-    pictures = [sample for sample in samples if "pixel_values" in sample]
-    if pictures:
+    images = [sample for sample in samples if "pixel_values" in sample]
+    if images:
         for key in ("pixel_values", "image_grid_hw"):
-            batch[key] = torch.cat([sample[key] for sample in pictures])
+            batch[key] = torch.cat([sample[key] for sample in images])
     if all("name" in sample for sample in samples):
         batch["sample_names"] = [sample["name"] for sample in samples]
     return batch

@@ -1,11 +1,11 @@
 """
-Data for training: chats with pictures and videos, from files or datasets, to samples.
+Data for training: chats with images and videos, from files or datasets, to samples.
 
 A *record* is one conversation as it is stored, in one of the formats of `encode_record`. A *sample* is what a model
 learns from, a dict of
 
 - `input_ids` (L,) int64 and `labels` (L,) int64, -100 where nothing is learnt,
-- `pixel_values` (P, 3 * patch_size^2) float32 and `image_grid_hw` (N, 2) int64 where there are pictures or frames,
+- `pixel_values` (P, 3 * patch_size^2) float32 and `image_grid_hw` (N, 2) int64 where there are images or frames,
 - `name`: where it comes from, for error messages.
 """
 
@@ -43,7 +43,7 @@ IGNORED = -100
 FORMATS = (("messages", "role", "content"), ("conversations", "from", "value"))
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 PART_TYPES = ("text", "image", "image_url", "video")
-# Where a part of a message holds its picture or video, and where those beside the conversation stand.
+# Where a part of a message holds its image or video, and where those beside the conversation stand.
 PART_KEYS = {"image": ("image", "image_url", "path", "url"), "video": ("video", "path", "url")}
 COLUMNS = {"image": ("image", "images"), "video": ("video", "videos")}
 # A source of which so many records in a row were bad is taken to be bad as a whole.
@@ -86,10 +86,10 @@ class Source:
     Args:
         data: a `.json` (a list of records) or `.jsonl` file; or records: a list, a `datasets.Dataset` or
             `datasets.IterableDataset`, or any other iterable that can be read again and again.
-        root: the folder of relative paths of pictures and videos.
+        root: the folder of relative paths of images and videos.
         weight: how often a sample is drawn from here, in proportion to the weights of the other sources.
         name: for messages; by default the file, or the kind of `data`.
-        images_kwargs, videos_kwargs: settings of the processor for these pictures and videos: pixel budgets, sampling
+        images_kwargs, videos_kwargs: settings of the processor for these images and videos: pixel budgets, sampling
             and style of videos.
 
     Raises:
@@ -183,7 +183,7 @@ def is_streamed(records) -> bool:
 
 
 def without_decoding(records):
-    """A streamed dataset that leaves its pictures encoded: one that is broken would end the stream."""
+    """A streamed dataset that leaves its images encoded: one that is broken would end the stream."""
     return records.decode(False) if is_streamed(records) and records.features is not None else records
 
 
@@ -216,27 +216,27 @@ def encode_record(
 ) -> dict:
     """
     A record as a sample. What is learnt is what the chat template's generation markers enclose: the assistant's words
-    with `<|im_end|>\\n`, of every turn. n > 1 pictures share the pixel budget as in the released training,
+    with `<|im_end|>\\n`, of every turn. n > 1 images share the pixel budget as in the released training,
     `max(2 * max_pixels // n, min_pixels)` each, unless `images_kwargs` say `share_pixel_budget=False`.
 
     Args:
         record: of one of these formats, told by its keys.
             `messages`: OpenAI's and TRL's, `{"role", "content"}` with role system, user or assistant. The content is
-            text or a list of parts: `{"type": "text", "text"}`; `{"type": "image"}` with the picture as `image`,
+            text or a list of parts: `{"type": "text", "text"}`; `{"type": "image"}` with the image as `image`,
             `path`, `url` or `base64`; `{"type": "image_url", "image_url": {"url"}}`; `{"type": "video"}` with `video`,
             `path` or `url`.
             `conversations`: the released trainer's, `{"from": "human", "gpt" or "system", "value": text}`.
             `input_ids` and `labels`: a sample already.
-            Beside either conversation, pictures can stand in `image` or `images`, videos in `video` or `videos`: each
-            `<image>` (`<video>`) in the text, and each part without a picture of its own, takes the next one. Where
+            Beside either conversation, images can stand in `image` or `images`, videos in `video` or `videos`: each
+            `<image>` (`<video>`) in the text, and each part without an image of its own, takes the next one. Where
             `messages` have no place for any of them, they come first in the first user's turn, as TRL has it.
         root: the folder of relative paths.
         name: of the sample.
         images_kwargs, videos_kwargs: settings for the processor.
 
     Raises:
-        ValueError: the record has none of the formats, pictures and their places differ in number, there is no turn
-            of the assistant, or a picture or video cannot be read.
+        ValueError: the record has none of the formats, images and their places differ in number, there is no turn
+            of the assistant, or an image or video cannot be read.
     """
     if not isinstance(record, dict):
         raise ValueError(f"A record must be a dict, got {record!r:.200}.")
@@ -282,11 +282,11 @@ def encode_record(
     input_ids = torch.cat(ids)
     is_image = input_ids == processor.image_token_id
     sample = {"input_ids": input_ids, "labels": torch.cat(labels).masked_fill(is_image, IGNORED)}
-    pictures = {key: torch.from_numpy(inputs[key]) for key in ("pixel_values", "image_grid_hw") if key in inputs}
-    num_patches = len(pictures["pixel_values"]) if pictures else 0
+    images = {key: torch.from_numpy(inputs[key]) for key in ("pixel_values", "image_grid_hw") if key in inputs}
+    num_patches = len(images["pixel_values"]) if images else 0
     if int(is_image.sum()) * processor.image_processor.spatial_merge_size**2 != num_patches:
-        raise ValueError(f"The text holds {processor.image_context_token}, which only pictures may bring.")
-    return {**sample, **pictures, "name": name}
+        raise ValueError(f"The text holds {processor.image_context_token}, which only images may bring.")
+    return {**sample, **images, "name": name}
 
 
 def _encoded(record: dict, processor: NeoProcessor | None, name: str) -> dict:
@@ -304,7 +304,7 @@ def _encoded(record: dict, processor: NeoProcessor | None, name: str) -> dict:
         num_patches = int(is_image.sum()) * processor.image_processor.spatial_merge_size**2
         if num_patches != len(sample.get("pixel_values", ())):
             raise ValueError(
-                f"A sample needs the patches of its pictures: its image tokens stand for {num_patches}, pixel_values "
+                f"A sample needs the patches of its images: its image tokens stand for {num_patches}, pixel_values "
                 f"holds {len(sample.get('pixel_values', ()))}."
             )
     if not (sample["labels"][1:] != IGNORED).any():
@@ -314,7 +314,7 @@ def _encoded(record: dict, processor: NeoProcessor | None, name: str) -> dict:
 
 def _read_conversation(record: dict, root: str | os.PathLike | None) -> tuple[list[dict], dict[str, list]]:
     """
-    The messages of a record as the chat template takes them, and its pictures and videos in the order of their places.
+    The messages of a record as the chat template takes them, and its images and videos in the order of their places.
     """
     keys = next((keys for keys in FORMATS if record.get(keys[0]) is not None), None)
     if keys is None:
@@ -367,7 +367,7 @@ def _kind(part: dict) -> str:
 
 
 def _places(part, kind: str) -> list:
-    """The places for pictures (videos) in a part of a message: what stands there, or `None`."""
+    """The places for images (videos) in a part of a message: what stands there, or `None`."""
     if not isinstance(part, dict) or part.get("type") not in PART_TYPES:
         raise ValueError(f"A part of a message must have a type, one of {', '.join(PART_TYPES)}, got {part!r:.200}.")
     if part["type"] == "text":
@@ -380,13 +380,13 @@ def _places(part, kind: str) -> list:
 
 
 def _locate(medium, root: str | os.PathLike | None):
-    """A picture or video as the processor takes it: out of the dict in which it stands, under the root if a path."""
+    """An image or video as the processor takes it: out of the dict in which it stands, under the root if a path."""
     if isinstance(medium, dict):  # of `datasets`, or OpenAI's image_url
         medium = next((medium[key] for key in ("bytes", "path", "url") if medium.get(key) is not None), None)
     if isinstance(medium, (list, tuple)):  # the frames of a video
         return [_locate(frame, root) for frame in medium]
     if medium is None:
-        raise ValueError("A picture or video is missing: its entry is empty.")
+        raise ValueError("An image or video is missing: its entry is empty.")
     is_path = isinstance(medium, (str, os.PathLike)) and not str(medium).startswith(("http://", "https://", "data:"))
     return os.path.join(root, medium) if is_path and root is not None else medium
 

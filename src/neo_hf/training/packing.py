@@ -43,7 +43,7 @@ class PackedDataset(IterableDataset):
         samples: a `SampleStream`; or any other data set of samples, read once and in order, shared out among processes
             and workers. Their numbers of rows differ then: for distributed training make it a source of a stream.
         max_length: of a row in tokens.
-        buffer_size: samples to choose from. They are in memory with their pictures, for each worker.
+        buffer_size: samples to choose from. They are in memory with their images, for each worker.
         drop_overlong: leave out samples longer than a row, logged and counted. Otherwise they are an error. No sample
             is ever cut.
 

@@ -1,0 +1,135 @@
+import pytest
+import torch
+from helpers import GOLDEN
+
+from neo_hf.cli import main
+from neo_hf.loading import load_model_and_processor
+
+IMAGE = str(GOLDEN / "preprocess" / "images" / "00_RGB_300x200.png")
+RAW = GOLDEN / "neo_tiny" / "raw"
+
+
+@pytest.fixture(scope="module")
+def folder(hub_folder):
+    return str(hub_folder)
+
+
+def run(*argv):
+    with pytest.raises(SystemExit) as stop:
+        main([*argv])
+    return stop.value.code
+
+
+def answer(folder, *turns, images=()):
+    """What `generate` answers to the last of turns that alternate between user and assistant."""
+    model, processor = load_model_and_processor(folder)
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": text}]}
+        for i, text in enumerate(turns)
+    ]
+    messages[0]["content"] = [*({"type": "image", "path": path} for path in images), *messages[0]["content"]]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = model.generate(**inputs, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(output, skip_special_tokens=True)
+
+
+def test_question(folder, capsys):
+    assert run("chat", folder, "--image", IMAGE, "--image", IMAGE, "Same?", "--max-new-tokens", "4") == 0
+    assert capsys.readouterr().out.strip() == answer(folder, "Same?", images=[IMAGE, IMAGE]).strip()
+
+
+def test_conversation(folder, capsys, monkeypatch):
+    lines = iter(["Hello", "And now?"])
+
+    def ask(prompt):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", ask)
+    assert run("chat", folder, "--max-new-tokens", "4") == 0
+    first = answer(folder, "Hello")
+    second = answer(folder, "Hello", first, "And now?")
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [first.strip(), second.strip()]
+
+
+def test_info(folder, capsys):
+    assert run("info", folder, "--image", IMAGE) == 0
+    out = capsys.readouterr().out
+    model, _ = load_model_and_processor(folder)
+    assert f"parameters        {model.num_parameters():,}\n" in out
+    assert "pre-Buffer, layers 0 to 0" in out
+    assert "post-LLM, layers 1 to 2" in out
+    assert "4,096 to 65,536 pixels, 32 x 32 per visual token" in out
+    assert "200 x 300 pixels (height x width), seen as 192 x 288: 54 visual tokens" in out
+
+
+def test_info_of_a_raw_checkpoint(capsys):
+    assert run("info", str(RAW)) == 0
+    assert "pre-Buffer depth unknown" in capsys.readouterr().out
+
+
+def test_raw_checkpoint_with_tokenizer(tmp_path, tokenizer):
+    """Ids that the raw configuration does not give come from the tokenizer."""
+    for file in RAW.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer.save_pretrained(tmp_path)
+    model, processor = load_model_and_processor(tmp_path, dtype=torch.float32)
+    assert model.config.image_token_id == processor.image_token_id == 151669
+    assert processor.image_processor.max_pixels == 4194304
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["chat", str(RAW), "--image", "missing.png", "?"], 1, "Cannot read the image missing.png"),
+        (["chat", str(RAW), "?"], 1, "needs a tokenizer"),
+        (["chat"], 2, "MODEL"),
+        (["info", "--nix"], 2, "--nix"),
+    ],
+)
+def test_errors(capsys, argv, code, message):
+    assert run(*argv) == code
+    assert message in capsys.readouterr().err
+
+
+def test_video(folder, capsys, clips):
+    clip = str(clips / "carphone_pristine.mp4")
+    options = ["--frames", "2", "--start", "1", "--end", "3", "--max-new-tokens", "4"]
+    assert run("chat", folder, "--video", clip, "Hm?", *options) == 0
+    model, processor = load_model_and_processor(folder)
+    content = [{"type": "video", "path": clip}, {"type": "text", "text": "Hm?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"num_frames": 2, "start": 1.0, "end": 3.0},
+    )
+    output = model.generate(**inputs, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
+    assert capsys.readouterr().out.strip() == processor.decode(output, skip_special_tokens=True).strip()
+
+
+def test_watch(folder, capsys, clips):
+    clip = str(clips / "carphone_pristine.mp4")
+    assert run("watch", folder, "Hm?", "--video", clip, "--every", "1.5", "--max-new-tokens", "3") == 0
+    lines = capsys.readouterr().out
+    assert "[00:00.00] " in lines
+    assert "[00:01.47] " in lines
+    assert lines.count(" tokens in the cache\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["chat", "--video", "none.mp4", "Hm?"], "none.mp4: there is no such file"),
+        (["watch", "--video", "none.mp4", "--every", "1", "Hm?"], "none.mp4: there is no such file"),
+    ],
+)
+def test_bad_video(capsys, argv, message):
+    assert run(argv[0], "no/such/model", *argv[1:]) == 1
+    assert message in capsys.readouterr().err

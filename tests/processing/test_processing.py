@@ -1,0 +1,326 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from neo_hf import NeoImageProcessor, NeoProcessor, allocate_position_ids
+from neo_hf.image_processing_neo import smart_resize
+from neo_hf.processing_neo import CHAT_TEMPLATE
+from neo_hf.tokenization import NEO_SPECIAL_TOKENS
+
+IMAGE, START, END = 151669, 151670, 151671
+
+
+def user(*parts):
+    return {"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
+
+
+def image(image):
+    return {"type": "image", "image": image}
+
+
+def noise(height, width):
+    return Image.effect_noise((width, height), 64).convert("RGB")
+
+
+def test_real_vocabulary(tokenizer):
+    assert tokenizer.encode("<img><IMG_CONTEXT> hello world.</img>") == [START, IMAGE, 23811, 1879, 13, END]
+    assert tokenizer.convert_tokens_to_ids(list(NEO_SPECIAL_TOKENS)) == [*range(151669, 151682)]
+    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<think>"]) == [151643, 151645, 151667]
+    ids = tokenizer.encode("<think>x</think><ref>a</ref><box>[[1, 2, 3, 4]]</box><|im_end|>")
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "<think>x</think>a[[1, 2, 3, 4]]"
+
+
+def test_chat_template(processor):
+    messages = [
+        {"role": "system", "content": "Reason step by step."},
+        user(image(None), "What is this?"),
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+        user("And ", image(None), image(None), "?"),
+    ]
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == (
+        "<|im_start|>system\nReason step by step.<|im_end|>\n"
+        "<|im_start|>user\n<image>\nWhat is this?<|im_end|>\n"
+        "<|im_start|>assistant\nA cat.<|im_end|>\n"
+        "<|im_start|>user\nAnd <image>\n<image>\n?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize("system", ["", None, []])
+def test_no_system_block_without_system_text(processor, system):
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": "Hi"}]
+    assert processor.apply_chat_template(messages) == "<|im_start|>user\nHi<|im_end|>\n"
+
+
+def test_content_as_string_or_list(processor):
+    text = processor.apply_chat_template([{"role": "user", "content": " Hi {{ x }} \n"}])
+    assert (
+        text
+        == processor.apply_chat_template([user(" Hi {{ x }} \n")])
+        == "<|im_start|>user\n Hi {{ x }} \n<|im_end|>\n"
+    )
+    with pytest.raises(Exception, match="got audio"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "audio"}]}])
+
+
+def test_assistant_mask(processor, tokenizer):
+    messages = [user(image(noise(70, 130)), "A?"), {"role": "assistant", "content": "Yes."}]
+    messages += [user("B?"), {"role": "assistant", "content": " No."}]
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+    )
+    learnt = inputs["input_ids"][inputs["assistant_masks"] == 1]
+    assert tokenizer.decode(learnt) == "Yes.<|im_end|>\n No.<|im_end|>\n"
+
+
+def test_prompt_and_pixels(processor):
+    messages = [user("See ", image(noise(100, 200)), "and", image(noise(128, 64)), ".")]
+    inputs = processor.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"return_position_ids": True},
+    )
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values", "image_grid_hw", "position_ids"}
+    assert inputs["image_grid_hw"].tolist() == [[6, 12], [8, 4]]
+    assert inputs["pixel_values"].shape == (104, 768)
+    ids = inputs["input_ids"][0].tolist()
+    first, second = ids.index(START), ids.index(START, ids.index(START) + 1)
+    assert ids[first : first + 20] == [START, *[IMAGE] * 18, END]
+    assert ids[second : second + 10] == [START, *[IMAGE] * 8, END]
+    assert ids.count(IMAGE) == 26
+    expected = allocate_position_ids(
+        inputs["input_ids"], inputs["image_grid_hw"], image_token_id=IMAGE, image_start_token_id=START
+    )
+    assert torch.equal(inputs["position_ids"], expected)
+
+
+def test_openai_style_messages(processor, tmp_path):
+    noise(64, 96).save(tmp_path / "image.png")
+    content = [
+        {"type": "image_url", "image_url": {"url": str(tmp_path / "image.png")}},
+        {"type": "text", "text": "?"},
+    ]
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
+    assert inputs["image_grid_hw"].tolist() == [[4, 6]]
+
+
+def test_batch_with_different_counts(processor):
+    conversations = [
+        [user("Hello")],
+        [user(image(noise(64, 64)), image(noise(64, 96)), "?")],
+        [user(image(noise(96, 64)))],
+    ]
+    inputs = processor.apply_chat_template(conversations, tokenize=True, return_dict=True, return_tensors="pt")
+    assert inputs["image_grid_hw"].tolist() == [[4, 4], [4, 6], [6, 4]]
+    assert (inputs["input_ids"] == IMAGE).sum(-1).tolist() == [0, 10, 6]
+    for conversation, ids, mask in zip(conversations, inputs["input_ids"], inputs["attention_mask"], strict=True):
+        alone = processor.apply_chat_template([conversation], tokenize=True, return_dict=True, return_tensors="pt")
+        assert torch.equal(ids[mask == 1], alone["input_ids"][0])
+    # The same images as a flat list.
+    prompts = [processor.apply_chat_template(conversation) for conversation in conversations]
+    images = [part["image"] for c in conversations for part in c[0]["content"] if part["type"] == "image"]
+    flat = processor(text=prompts, images=images, return_tensors="pt")
+    assert torch.equal(flat["input_ids"], inputs["input_ids"])
+    assert torch.equal(flat["pixel_values"], inputs["pixel_values"])
+
+
+def test_budgets(processor):
+    prompt, image = "<image>\n", noise(300, 600)
+    assert processor(text=prompt, images=image)["image_grid_hw"].tolist() == [[10, 22]]
+    assert processor(text=prompt, images=image, max_pixels=16384)["image_grid_hw"].tolist() == [[4, 10]]
+    larger = processor(text=prompt, images=image, images_kwargs={"min_pixels": 250_000, "max_pixels": 300_000})
+    assert larger["image_grid_hw"].tolist() == [[24, 46]]
+    assert processor(text=prompt, images=image)["image_grid_hw"].tolist() == [[10, 22]]  # nothing stuck
+
+    # Training shares the budget among the images of a sample: 2 * 65536 // 4 pixels each, the lone one all of it.
+    shared = processor(text=[prompt * 4, prompt], images=[[image] * 4, [image]], share_pixel_budget=True)
+    assert shared["image_grid_hw"].tolist() == [[8, 16]] * 4 + [[10, 22]]
+    flat = processor(text=[prompt * 4, prompt], images=[image] * 5, share_pixel_budget=True)
+    assert flat["image_grid_hw"].tolist() == shared["image_grid_hw"].tolist()
+    # ... but no image gets less than the minimum.
+    shared = processor(text=prompt * 64, images=[image] * 64, share_pixel_budget=True)
+    assert shared["image_grid_hw"].tolist() == [[2, 4]] * 64
+
+
+def test_num_multimodal_tokens(processor):
+    sizes = [(300, 600), (64, 64), (5000, 100)]
+    images = [noise(*size) for size in sizes]
+    for budget in ({}, {"max_pixels": 16384}):
+        counted = processor._get_num_multimodal_tokens(image_sizes=sizes, **budget)
+        inputs = processor(text="<image>" * 3, images=images, **budget)
+        patches = inputs["image_grid_hw"].prod(-1).tolist()
+        assert counted.num_image_patches == patches
+        assert counted.num_image_tokens == [count // 4 for count in patches]
+        assert sum(counted.num_image_tokens) == inputs["input_ids"][0].count(IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "message"),
+    [
+        ("<image><image>", 1, r"\[2\] placeholders, but \[1\] images"),
+        ("no image", 1, r"\[0\] placeholders, but \[1\] images"),
+        ("<image>", None, r"\[1\] placeholders, but \[0\] images"),
+        (["<image>", "<image><image>"], [[2], [1]], r"\[1, 2\] placeholders, but \[2, 1\] images"),
+        (["<image>", "<image>"], 3, r"\[1, 1\] placeholders, but \[3\] images"),
+    ],
+)
+def test_mismatched_counts(processor, text, images, message):
+    if images is not None:
+        image = noise(64, 64)
+        images = [image] * images if isinstance(images, int) else [[image] * n for (n,) in images]
+    with pytest.raises(ValueError, match=message):
+        processor(text=text, images=images)
+
+
+def test_truncation_through_a_image_is_refused(processor):
+    with pytest.raises(ValueError, match=r"hold \[4\] image tokens, of which \[2\] are left"):
+        processor(text="<image>", images=noise(64, 64), truncation=True, max_length=3, padding=False)
+
+
+def test_tokenizer_without_neo_tokens(tokenizer):
+    class Bare:
+        unk_token_id = None
+
+        def convert_tokens_to_ids(self, token):
+            return None
+
+    processor = NeoProcessor.__new__(NeoProcessor)
+    processor.tokenizer = Bare()
+    with pytest.raises(ValueError, match="no <IMG_CONTEXT>"):
+        processor._token_id("<IMG_CONTEXT>")
+
+
+def test_save_and_load(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    again = NeoProcessor.from_pretrained(tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_text() == CHAT_TEMPLATE == again.chat_template
+    assert (again.image_processor.min_pixels, again.image_processor.max_pixels) == (4096, 65536)
+    image = noise(100, 300)
+    one, two = (p(text="<image>\nHi", images=image, return_tensors="pt") for p in (processor, again))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+# Images
+
+
+def rgba(alpha):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 4), dtype=np.uint8)
+    pixels[..., 3] = alpha
+    return Image.fromarray(pixels, "RGBA")
+
+
+def test_transparency():
+    processor = NeoImageProcessor(min_pixels=1024)
+    plain = processor(rgba(255).convert("RGB"))["pixel_values"]
+    # Forgotten where nothing or everything is transparent, or nothing wholly.
+    for alpha in (255, 0, 128):
+        assert np.array_equal(processor(rgba(alpha))["pixel_values"], plain)
+    partly = np.full((64, 96), 255)
+    partly[:, :64] = 0
+    expected = plain.reshape(4, 6, 768).copy()
+    expected[:, :4] = processor(Image.new("RGB", (64, 64), "white"))["pixel_values"].reshape(4, 4, 768)
+    for image in (rgba(partly), np.array(rgba(partly))):
+        assert np.array_equal(processor(image)["pixel_values"].reshape(4, 6, 768), expected)
+
+
+def test_kinds_of_input(tmp_path):
+    processor = NeoImageProcessor(min_pixels=1024)
+    image = noise(64, 96)
+    array = np.array(image)
+    expected = processor(image)["pixel_values"]
+    for same in (array, array.transpose(2, 0, 1), torch.tensor(array), torch.tensor(array).permute(2, 0, 1)):
+        assert np.array_equal(processor(same)["pixel_values"], expected)
+    gray = processor(array[..., :1])["pixel_values"]
+    assert np.array_equal(gray, processor(Image.fromarray(array[..., 0]))["pixel_values"])
+
+
+def test_patches_are_channel_major_and_row_major():
+    processor = NeoImageProcessor(min_pixels=1024, do_normalize=False, do_rescale=False)
+    array = np.random.default_rng(1).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    pixels = processor(array)["pixel_values"]
+    for row in range(4):
+        for column in range(6):
+            patch = array[16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+            assert np.array_equal(pixels[6 * row + column].reshape(3, 16, 16), patch.transpose(2, 0, 1))
+
+
+def test_exif_orientation(tmp_path):
+    image = noise(64, 128)
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    image.save(tmp_path / "turned.png", exif=exif)
+    assert NeoImageProcessor(min_pixels=1024)(str(tmp_path / "turned.png"))["image_grid_hw"].tolist() == [[8, 4]]
+
+
+def corrupt(tmp_path):
+    noise(64, 64).save(tmp_path / "corrupt.png")
+    data = (tmp_path / "corrupt.png").read_bytes()
+    (tmp_path / "corrupt.png").write_bytes(data[: len(data) // 2])
+    return str(tmp_path / "corrupt.png")
+
+
+def bomb(tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    return str(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: str(path / "missing.png"), r"missing\.png: FileNotFoundError"),
+        (corrupt, r"corrupt\.png: OSError.*truncated"),
+        (bomb, r"bomb\.png: DecompressionBombError.*400000000"),
+        (lambda path: b"no image", "8 bytes: UnidentifiedImageError"),
+        (lambda path: "data:image/png;base64,AAAA", "data:image/png;base64,AAAA: UnidentifiedImageError"),
+        (lambda path: Image.new("RGB", (4000, 1)), "factor of 200 at most, got 1x4000"),
+        (lambda path: Image.new("RGB", (0, 5)), "got 5x0"),
+        (lambda path: np.zeros((0, 5, 3), np.uint8), "got 0x5"),
+    ],
+)
+def test_bad_images(tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        NeoImageProcessor()(make(tmp_path))
+
+
+@pytest.mark.parametrize("budget", [{"min_pixels": 0}, {"min_pixels": 70_000, "max_pixels": 65_536}])
+def test_bad_budgets(budget):
+    quoted = f"got {budget['min_pixels']} and"
+    with pytest.raises(ValueError, match=quoted):
+        NeoImageProcessor(**budget)
+    with pytest.raises(ValueError, match=quoted):
+        NeoImageProcessor()(noise(64, 64), **budget)
+
+
+def test_limits_of_the_aspect_ratio():
+    assert smart_resize(2000, 10, 32, 1024, 1 << 20)[1] == 32
+    with pytest.raises(ValueError, match="got 2010x10"):
+        smart_resize(2010, 10, 32, 1024, 1 << 20)
+
+
+@pytest.mark.parametrize("merge", [1, 4])
+def test_other_folds(tokenizer, merge):
+    processor = NeoProcessor(NeoImageProcessor(min_pixels=1024, spatial_merge_size=merge), tokenizer)
+    inputs = processor(text="<image>", images=noise(128, 192), return_tensors="pt")
+    assert inputs["image_grid_hw"].tolist() == [[8, 12]]
+    assert (inputs["input_ids"] == IMAGE).sum() == 96 // merge**2
+
+
+def test_odds_and_ends(processor):
+    image = noise(64, 96)
+    gray = np.array(image)[..., 0]
+    images = NeoImageProcessor(min_pixels=1024)
+    assert np.array_equal(images(gray)["pixel_values"], images(Image.fromarray(gray))["pixel_values"])
+    with pytest.raises(ValueError, match="at least one image"):
+        images([])
+    with pytest.raises(ValueError, match="follows from min_pixels and max_pixels"):
+        images(image, size={"height": 64, "width": 64})
+    with pytest.raises(ValueError, match="return_tensors"):
+        processor(text="Hi", return_position_ids=True, return_tensors="np")
+    shared = processor._get_num_multimodal_tokens(image_sizes=[(600, 600)] * 4, share_pixel_budget=True)
+    inputs = processor(text="<image>" * 4, images=[noise(600, 600)] * 4, share_pixel_budget=True)
+    assert shared.num_image_patches == inputs["image_grid_hw"].prod(-1).tolist()
+    with pytest.raises(Exception, match="not trained to call tools"):
+        processor.apply_chat_template([user("Hi")], tools=[{"type": "function", "function": {"name": "f"}}])
