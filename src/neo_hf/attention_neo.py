@@ -1,18 +1,21 @@
 """
-Attention over runs of keys: NEO's mask without a mask.
+NEO's attention: who sees whom, which kernel computes it, and the kernels.
 
-A query of NEO sees one run of keys, from where its document begins to itself or the end of its image. So two numbers
-per query are the whole mask. On CPUs, attention goes tile by tile of queries over just the keys that a tile sees; on
-CUDA the runs become the blocks of FlexAttention. Both are exact, and take memory that grows with the length.
+Text is causal, an image is bidirectional inside, and documents of a packed row are separate (NEO paper, section 3.1).
+So each query sees one run of keys, from the start of its document to itself or to the end of its image, and two
+numbers per query are the whole mask (`KeyRuns`). On a CPU, attention goes tile by tile over just the keys that a tile
+sees; on CUDA the runs become the blocks of FlexAttention; everything else gets a dense mask. All are exact.
 
 Shapes: B rows, L new tokens, S keys (cached ones included), A attention heads, K key/value heads, D width of queries
 and keys, V width of values.
 """
 
-from .configuration_neo import NeoConfig  # noqa: F401  (imported first: it refuses an unsupported transformers)
+from .configuration_neo import NeoTextConfig
+from .indexing_neo import document_starts, image_ids
 
 import os
 import shutil
+from collections.abc import Callable
 from functools import cache, cached_property
 from itertools import pairwise
 
@@ -21,17 +24,100 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._triton import has_triton
+from transformers.cache_utils import Cache
 from transformers.integrations.flex_attention import flex_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
+from transformers.utils import logging
+from transformers.utils.import_utils import is_tracing
+
+logger = logging.get_logger(__name__)
 
 BLOCK_SIZE = 128  # of FlexAttention
 TILE_SIZE = 256  # queries of a tile: long enough for matrix products, short enough to waste little on its corners
+# On CUDA, shorter prompts use SDPA with a dense mask: compiling a kernel takes longer than all of them together.
+MIN_FLEX_LENGTH = 1024
+
+
+def plan_attention(
+    config: NeoTextConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: "torch.Tensor | KeyRuns | BlockMask | None",
+    position_ids: torch.Tensor,
+    cache: Cache | None = None,
+    document_ids: torch.Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Callable, "torch.Tensor | KeyRuns | BlockMask | None"]:
+    """
+    Choose how all layers of a forward attend; docs/design.md gives the choice as a table.
+
+    Args:
+        config: `_attn_implementation` is "neo" (the fastest for what is at hand), "eager", "sdpa", "flex_attention" or
+            another one registered with transformers, which is used as it is.
+        inputs_embeds: (B, L, E), used for its dtype and device only.
+        attention_mask: (B, S), 0 on padding, or a finished mask in any form that the functions below take.
+        position_ids: (3, B, L) T, H and W indices of the new tokens. Images lie wholly within the new tokens.
+        cache: the cache before the new tokens enter it.
+        document_ids: (B, L), equal on the tokens of one document of a packed row.
+        dropout: probability of attention dropout.
+
+    Returns:
+        A function with the signature of transformers' attention interfaces, and the mask to call it with.
+
+    Raises:
+        ValueError: `attention_mask` does not cover the cached and the new tokens.
+    """
+    implementation = config._attn_implementation
+    if implementation not in ("neo", "eager", "sdpa", "flex_attention"):
+        return ALL_ATTENTION_FUNCTIONS[implementation], attention_mask
+    length, on_cpu = position_ids.shape[-1], inputs_embeds.device.type == "cpu"
+
+    mask = attention_mask
+    if mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+        if length > 1:
+            mask = find_key_runs(position_ids, mask, document_ids, cache)
+        elif mask is not None or getattr(cache, "is_compileable", False):
+            mask = find_key_runs(position_ids, mask, document_ids, cache).dense()
+        # else: a single query sees all keys
+
+    if isinstance(mask, KeyRuns):
+        if implementation == "flex_attention" and _can_compile(inputs_embeds.device):
+            return attend_by_blocks, mask
+        if implementation == "neo" and mask.is_gapless and not dropout:
+            if on_cpu:
+                return attend_by_tiles, mask
+            is_worth_it = inputs_embeds.device.type == "cuda" and length >= MIN_FLEX_LENGTH and not mask.is_causal
+            if is_worth_it and _can_compile(inputs_embeds.device):
+                return attend_by_blocks, mask
+        mask = None if mask.is_causal and implementation != "eager" else mask.dense()
+    elif isinstance(mask, BlockMask):
+        return attend_by_blocks, mask
+    if implementation == "eager":
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=inputs_embeds.dtype).masked_fill(
+                ~mask, torch.finfo(inputs_embeds.dtype).min
+            )
+        return eager_attention_forward, mask
+    # One mask for all heads; half-precision scores may exceed the range of float16.
+    is_plain = mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
+    if on_cpu and length == 1 and is_plain and not dropout and inputs_embeds.dtype != torch.float16:
+        return attend_one_query, mask
+    return attend_by_sdpa, mask
+
+
+def _can_compile(device: torch.device) -> bool:
+    if can_compile_kernels(device.type):
+        return True
+    logger.warning_once(
+        "FlexAttention needs a C++ compiler, on CUDA Triton and a C compiler, which were not found: attention uses "
+        "SDPA with a dense mask, whose size is the square of the length."
+    )
+    return False
 
 
 @cache
 def can_compile_kernels(device_type: str) -> bool:
-    """Whether FlexAttention can be compiled for this kind of device. Without, it would make the L x S scores."""
+    """Whether FlexAttention can be compiled for a type of device. Uncompiled, it would make the L x S scores."""
     names = [os.environ.get("CXX"), os.environ.get("CC"), "cc", "gcc", "clang"]
     has_compiler = any(shutil.which(name) for name in names if name)
     return has_compiler and (device_type == "cpu" or has_triton())
@@ -39,27 +125,50 @@ def can_compile_kernels(device_type: str) -> bool:
 
 class KeyRuns:
     """
-    Each query sees the keys at places [first, last). Made once per forward and shared by all layers.
+    A mask by which each query sees the keys at places [first, last) that are attended. Made once per forward and
+    shared by all layers.
 
     Args:
-        first, last: (B, L) int64. Neither falls along a row, and a query sees its own key; but for padding, which sees
-            nothing: (S, 0).
+        first, last: (B, L) int64. Neither falls along a row, and a query sees its own key. Padding, which sees
+            nothing, has (S, 0).
         num_keys: S.
+        attended: (B, S) boolean, `None` where all keys of all runs are attended.
+        is_causal: whether this is known to be the plain causal mask of as many queries as keys.
     """
 
-    def __init__(self, first: torch.Tensor, last: torch.Tensor, num_keys: int):
+    def __init__(
+        self,
+        first: torch.Tensor,
+        last: torch.Tensor,
+        num_keys: int,
+        attended: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ):
         self.first, self.last, self.num_keys = first, last, num_keys
+        self.attended, self.is_causal = attended, is_causal
+        self._copies: dict[torch.device, KeyRuns] = {}
 
     def to(self, device, non_blocking: bool = False) -> "KeyRuns":
-        """As tensors do: layers on several devices are handed the mask like any other input."""
-        if self.first.device == torch.device(device):
+        """As tensors do: layers on several devices are handed the mask like any other input. One copy per device."""
+        device = torch.device(device)
+        if self.first.device == device:
             return self
-        first, last = (x.to(device, non_blocking=non_blocking) for x in (self.first, self.last))
-        return KeyRuns(first, last, self.num_keys)
+        if device not in self._copies:
+            first, last = (x.to(device, non_blocking=non_blocking) for x in (self.first, self.last))
+            attended = None if self.attended is None else self.attended.to(device, non_blocking=non_blocking)
+            self._copies[device] = KeyRuns(first, last, self.num_keys, attended, self.is_causal)
+        return self._copies[device]
 
-    def contiguous(self) -> "KeyRuns":
-        """As tensors are asked by `generate()`."""
-        return self
+    @property
+    def is_gapless(self) -> bool:
+        """Whether runs alone are the mask, and their values may be looked at."""
+        return self.attended is None and not is_tracing(self.first)
+
+    def dense(self) -> torch.Tensor:
+        """(B, 1, L, S) boolean, True where a query sees a key."""
+        keys = torch.arange(self.num_keys, device=self.first.device)
+        seen = (self.first[..., None] <= keys) & (keys < self.last[..., None])
+        return (seen if self.attended is None else seen & self.attended[:, None])[:, None]
 
     @cached_property
     def tiles(self) -> list[tuple[int, int, int, int, int, torch.Tensor | None]]:
@@ -85,10 +194,10 @@ class KeyRuns:
     @cached_property
     def block_mask(self) -> BlockMask:
         """
-        The mask of FlexAttention, equal to what `create_block_mask` finds by looking at each of the L x S pairs: runs
-        that hang together leave no gap between the first and the last block that a block of queries sees.
+        The mask of FlexAttention. It equals what `create_block_mask` finds by looking at each of the L x S pairs:
+        connected runs leave no gap between the first and the last block that a block of queries sees.
         """
-        first, last, num_keys = self.first, self.last, self.num_keys
+        first, last, num_keys, attended = self.first, self.last, self.num_keys, self.attended
         length = first.shape[1]
         padding = (0, -length % BLOCK_SIZE)
         firsts = F.pad(first, padding, value=num_keys).unflatten(1, (-1, BLOCK_SIZE))  # (B, blocks, BLOCK_SIZE)
@@ -97,22 +206,102 @@ class KeyRuns:
         ends = begins + BLOCK_SIZE
         seen = (firsts.amin(-1, keepdim=True) < ends) & (begins < lasts.amax(-1, keepdim=True))
         full = (firsts.amax(-1, keepdim=True) <= begins) & (ends <= lasts.amin(-1, keepdim=True))
+        if attended is not None:
+            blocks = F.pad(attended, (0, -num_keys % BLOCK_SIZE)).unflatten(1, (-1, BLOCK_SIZE))
+            full = full & blocks.all(-1)[:, None]
 
         def ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             blocks = blocks[:, None].int()
             order = blocks.argsort(dim=-1, descending=True, stable=True)
             return blocks.sum(-1, dtype=torch.int32), order.int()
 
-        def is_seen(row, head, query, key):
+        def is_in_run(row, head, query, key):
             return (first[row, query] <= key) & (key < last[row, query])
+
+        def is_attended(row, head, query, key):
+            return is_in_run(row, head, query, key) & attended[row, key]  # type: ignore[index]
 
         return BlockMask.from_kv_blocks(
             *ordered(seen & ~full),
             *ordered(full),
             BLOCK_SIZE=BLOCK_SIZE,
-            mask_mod=is_seen,
+            mask_mod=is_in_run if attended is None else is_attended,
             seq_lengths=(length, num_keys),
         )
+
+
+def find_key_runs(
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+    cache: Cache | None = None,
+) -> KeyRuns:
+    """
+    Which keys each new token sees, in time and memory that grow with the length.
+
+    Args:
+        position_ids: (3, B, L) T, H and W indices of the new tokens.
+        attention_mask: (B, S), 0 on padding.
+        document_ids: (B, L), equal on the tokens of one document of a packed row.
+        cache: the cache before the new tokens enter it.
+
+    Raises:
+        ValueError: `attention_mask` does not cover the cached and the new tokens.
+    """
+    temporal = position_ids[0]
+    rows, length = temporal.shape
+    offset: int | torch.Tensor = 0
+    num_keys = length
+    if cache is not None:
+        offset = cache.get_query_offset(0)  # a tensor for static caches
+        offset = offset.to(temporal.device) if isinstance(offset, torch.Tensor) else offset
+        num_keys, _ = cache.get_mask_sizes(length, 0)
+    places = torch.arange(length, device=temporal.device) + offset  # of the queries among the keys
+
+    attended = is_padding = None
+    if attention_mask is not None:
+        if isinstance(offset, int) and attention_mask.shape != (rows, offset + length):
+            raise ValueError(
+                f"attention_mask must cover {offset} cached and {length} new tokens of {rows} rows, got "
+                f"{tuple(attention_mask.shape)}."
+            )
+        attended = F.pad(attention_mask != 0, (0, num_keys - attention_mask.shape[1]))
+        is_padding = ~attended[:, places]
+        if document_ids is not None:  # padding becomes a document of its own
+            document_ids = document_ids.masked_fill(is_padding, document_ids.min() - 1)
+
+    images = image_ids(temporal, document_ids)
+    if is_padding is not None:
+        images = images.masked_fill(is_padding, -1)
+    continues = F.pad((images[:, 1:] == images[:, :-1]) & (images[:, 1:] >= 0), (0, 1))
+    end = places[-1] + 1
+    last = torch.where(continues, end, places + 1).flip(-1).cummin(-1).values.flip(-1)
+    first = torch.zeros_like(last)
+    if document_ids is not None:
+        first = torch.where(document_starts(document_ids), places, 0).cummax(-1).values
+    if attended is not None and is_padding is not None:
+        if document_ids is None:
+            first = attended.int().argmax(-1, keepdim=True).expand_as(last)
+        first, last = first.masked_fill(is_padding, num_keys), last.masked_fill(is_padding, 0)
+    if is_tracing(temporal) or length == 1:
+        return KeyRuns(first, last, num_keys, attended)
+
+    # Everything that depends on values takes a single read from the device.
+    facts = [(images >= 0).any()]
+    if attended is not None:
+        start, count = attended.int().argmax(-1, keepdim=True), attended.sum(-1, keepdim=True)
+        keys = torch.arange(num_keys, device=temporal.device)
+        facts += [~attended.all(), (attended != (keys >= start) & (keys < start + count)).any()]
+    has_images, *padding = torch.stack(facts).tolist()
+    has_padding, has_gaps = padding or (False, False)
+    is_separate = document_ids is not None
+    return KeyRuns(
+        first,
+        last,
+        num_keys,
+        attended if has_gaps and not is_separate else None,
+        is_causal=not (has_images or has_padding or is_separate) and num_keys == length,
+    )
 
 
 class TiledAttention(torch.autograd.Function):
@@ -179,62 +368,39 @@ def _weights(query: torch.Tensor, key: torch.Tensor, scale: float, hidden: torch
     return torch.softmax(scores, -1, out=scores)
 
 
-def attend_one_query(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> torch.Tensor:
+def attend_by_tiles(module, query, key, value, attention_mask: KeyRuns, scaling: float, **kwargs):
+    """query (B, A, L, D), key (B, K, S, D), value (B, K, S, V) -> (B, L, A, V), `None`. So do the functions below."""
+    return TiledAttention.apply(query, key, value, attention_mask, scaling), None
+
+
+def attend_by_blocks(module, query, key, value, attention_mask: KeyRuns | BlockMask, scaling: float, **kwargs):
+    """FlexAttention; `kernel_options` are passed on."""
+    mask = attention_mask.block_mask if isinstance(attention_mask, KeyRuns) else attention_mask
+    return flex_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)[0], None
+
+
+def attend_one_query(module, query, key, value, attention_mask: torch.Tensor | None, scaling: float, **kwargs):
     """
-    query (B, A, 1, D), key (B, K, S, D), value (B, K, S, V), mask (B, 1, 1, S), True where seen -> (B, 1, A, V). Reads
-    keys and values once and in place, where SDPA on CPUs scales, widens and repeats them first.
+    A single query, with an attention mask (B, 1, 1, S), True where seen. Reads keys and values once and in place; SDPA
+    on a CPU scales, widens and repeats them first.
     """
     query = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # (B, K, A / K, D)
-    scores = (query * scale) @ key.transpose(2, 3)
-    if mask is not None:
+    scores = (query * scaling) @ key.transpose(2, 3)
+    if attention_mask is not None:
         # Finite: a padded row that sees nothing yet would be NaN, and so would be all that it leaves in the cache.
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    return (weights @ value).flatten(1, 2)[:, None]
+    return (weights @ value).flatten(1, 2)[:, None], None
 
 
-def neo_attention_forward(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: KeyRuns | torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """
-    The default attention, `attn_implementation="neo"`: for each mask that `create_neo_mask` makes, what is fastest.
-
-    Args:
-        query: (B, A, L, D).
-        key, value: (B, K, S, D) and (B, K, S, V).
-        attention_mask: `KeyRuns`, or what SDPA takes.
-
-    Returns:
-        (B, L, A, V) and no weights.
-    """
-    on_cpu = query.device.type == "cpu"
-    if isinstance(attention_mask, KeyRuns):
-        if on_cpu:
-            return TiledAttention.apply(query, key, value, attention_mask, scaling), None
-        block_mask = attention_mask.block_mask
-        return flex_attention_forward(module, query, key, value, block_mask, scaling=scaling, **kwargs)[0], None
-    is_plain = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
-    if on_cpu and query.shape[2] == 1 and is_plain and not dropout:
-        return attend_one_query(query, key, value, attention_mask, scaling), None
-    # SDPA's fast kernels want values as wide as keys; a single query is faster without the copy.
+def attend_by_sdpa(module, query, key, value, attention_mask: torch.Tensor | None, scaling: float, **kwargs):
+    """SDPA; an attention mask (B, 1 or A, L, S) is boolean, True where seen, or is added to the scores."""
     width = value.shape[-1]
-    if query.shape[2] > 1:
+    if query.shape[2] > 1:  # its fast kernels want values as wide as keys; a single query is faster without the copy
         value = F.pad(value, (0, query.shape[-1] - width))
-    output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-    )
+    output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return output[..., :width], None
 
 
-# Makes "neo" a known name. The model calls the function itself: another copy of this file may be registered by now.
-ALL_ATTENTION_FUNCTIONS.register("neo", neo_attention_forward)
-ALL_MASK_ATTENTION_FUNCTIONS.register("neo", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])  # where there is but a dense mask
+# Makes "neo" a name that transformers accepts. The model itself asks `plan_attention`.
+ALL_ATTENTION_FUNCTIONS.register("neo", attend_by_sdpa)

@@ -1,6 +1,6 @@
 """The training loss: weighted cross entropy of the next token, where that is text of the same document.
 
-Pure functions. Shapes: B rows, L tokens, E hidden size. Weights and normalisation as in training the released models
+Shapes: B rows, L tokens, E hidden size. Weights and normalisation as in training the released models
 ("token", "square", "sample": which weights a token gets is the collator's business).
 """
 
@@ -8,7 +8,9 @@ from .configuration_neo import NeoConfig  # noqa: F401  (imported first: it refu
 from .indexing_neo import document_starts
 
 import torch
+from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
 
@@ -95,4 +97,42 @@ def weighted_cross_entropy(
     return (token_loss * weights).sum() / torch.where(total > 0, total, 1)
 
 
-__all__ = ["weighted_cross_entropy"]
+class NeoOutputHead(nn.Linear):
+    """Hidden states to logits, or straight to the loss: then only the logits of a few tokens exist at a time."""
+
+    # About 1.2 GB in float32 with 151,936 words, backward pass included.
+    chunk_tokens = 512
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        loss_weight: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: (..., E), or (tokens, E) where there are targets.
+            targets: (tokens,) the target of each token.
+            loss_weight: (tokens,) their weights.
+            num_items_in_batch: what to divide the loss by.
+
+        Returns:
+            Logits (..., vocabulary); or with targets the loss, a scalar, in one call of this module: FSDP and ZeRO
+            gather its weights for a call, and expect the same calls from all processes.
+        """
+        if targets is None or loss_weight is None:
+            return super().forward(hidden_states)
+
+        def chunk_loss(hidden_states: torch.Tensor, targets: torch.Tensor, loss_weight: torch.Tensor) -> torch.Tensor:
+            logits = F.linear(hidden_states, self.weight)
+            return weighted_cross_entropy(
+                logits, None, logits.shape[-1], num_items_in_batch, shift_labels=targets, loss_weight=loss_weight
+            )
+
+        # Without tokens there is one empty chunk, which has a gradient.
+        chunks = zip(*(x.split(self.chunk_tokens) for x in (hidden_states, targets, loss_weight)), strict=True)
+        return torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+
+__all__ = ["NeoOutputHead", "weighted_cross_entropy"]

@@ -15,257 +15,34 @@ Shapes: B rows, L new tokens, S keys (cached ones included), E hidden size, D pa
 K key/value heads, d head_dim; P patches and V visual tokens of N images.
 """
 
-from .attention_neo import can_compile_kernels, neo_attention_forward
+from .attention_neo import plan_attention
 from .cache_neo import CACHE_NAME, NeoCache
-from .configuration_neo import NeoConfig, NeoTextConfig, NeoVisionConfig
+from .configuration_neo import NeoConfig, NeoTextConfig
 from .generation_neo import NeoGenerationMixin
-from .indexing_neo import allocate_position_ids, check_grid, place_in_grids, without_time
-from .loss_neo import next_token_targets, target_weights, weighted_cross_entropy
-from .masking_neo import create_neo_mask
+from .indexing_neo import allocate_position_ids, without_time
+from .loss_neo import IGNORE_INDEX, NeoOutputHead, next_token_targets, target_weights, weighted_cross_entropy
+from .native_primitive_neo import NeoAttention, NeoDecoderLayer
+from .patch_embedding_neo import NeoPatchEmbedding, NeoPatchProjection
+from .rotary_neo import rotary_tables
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, eager_attention_forward
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 logger = logging.get_logger(__name__)
-
-# Tokens of a row that go through an MLP at once without gradients: else its activations take most of the memory of a
-# long prompt.
-MLP_CHUNK = 1024
-# Patches that are embedded at once, for the same reason.
-PATCH_CHUNK = 4096
-
-
-def inverse_frequencies(theta: float, channels: int, device: torch.device) -> torch.Tensor:
-    """Rotary inverse frequencies theta^(-(0, 2, 4, ...) / channels), (channels / 2,) float32."""
-    return 1.0 / theta ** (torch.arange(0, channels, 2, dtype=torch.float32, device=device) / channels)
-
-
-def rotate_patches(features: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, theta: float) -> torch.Tensor:
-    """
-    Two-dimensional rotary encoding of patch features (P, D), in float32: the first D/2 channels turn by the column,
-    the last D/2 by the row of the patch (both (P,)). Pairs are interleaved, (0, 1), (2, 3), ..., as the checkpoints
-    were trained; the decoder's are half-split.
-    """
-    frequencies = inverse_frequencies(theta, features.shape[-1] // 2, features.device)  # (D/4,)
-    angles = torch.cat([columns[:, None] * frequencies, rows[:, None] * frequencies], dim=-1)  # (P, D/2)
-    cos, sin = angles.cos(), angles.sin()
-    even, odd = features.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack(_rotate(even, odd, cos, sin), dim=-1).flatten(-2).to(features.dtype)
-
-
-def _rotate(
-    x: torch.Tensor, y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.addcmul(x * cos, y, sin, value=-1), torch.addcmul(y * cos, x, sin)
-
-
-class NeoPatchProjection(nn.Conv2d):
-    """
-    A convolution whose stride is its kernel, applied to inputs that are already cut into kernel-sized pieces
-    (pieces, in_channels * kernel * kernel): one matrix product. Keeps the released Conv2d weight layout.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
-        super().__init__(in_channels, out_channels, kernel_size, stride=kernel_size)
-
-    def forward(self, pieces: torch.Tensor) -> torch.Tensor:
-        return F.linear(pieces, self.weight.flatten(1), self.bias)
-
-
-class NeoPatchEmbedding(nn.Module):
-    """Pixels to visual tokens (NEO paper, section 3.1). All images of a batch go through together."""
-
-    def __init__(self, config: NeoVisionConfig, output_size: int):
-        super().__init__()
-        self.config = config
-        self.patch_embedding = NeoPatchProjection(config.num_channels, config.hidden_size, config.patch_size)
-        self.dense_embedding = NeoPatchProjection(config.hidden_size, output_size, config.spatial_merge_size)
-
-    def forward(self, pixel_values: torch.Tensor, grid_hw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            pixel_values: (P, channels * patch_size * patch_size), channel-major, patches row-major over each image.
-            grid_hw: (N, 2) (rows, columns) of each image in patches.
-
-        Returns:
-            Patch features (P, D) and visual tokens (V, E), row-major over each image.
-        """
-        config, merge = self.config, self.config.spatial_merge_size
-        num_patches, patch_dim = pixel_values.shape
-        expected_dim = config.num_channels * config.patch_size**2
-        if patch_dim != expected_dim:
-            raise ValueError(f"pixel_values must be (patches, {expected_dim}), got {tuple(pixel_values.shape)}.")
-        check_grid(grid_hw, merge)
-        if not is_tracing(grid_hw) and (total := int(grid_hw.prod(-1).sum())) != num_patches:
-            raise ValueError(
-                f"pixel_values and image_grid_hw do not match: {num_patches} patches, but the grids "
-                f"{grid_hw.tolist()} hold {total}."
-            )
-        grid_hw = grid_hw.to(pixel_values.device)
-        _, rows, columns = place_in_grids(torch.arange(num_patches, device=pixel_values.device), grid_hw)
-        theta = config.rope_parameters["rope_theta"]
-        pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
-        size = num_patches if is_tracing(pixel_values) else PATCH_CHUNK
-        chunks = zip(*(x.split(size) for x in (pixel_values, rows, columns)), strict=True)
-        features = torch.cat([rotate_patches(F.gelu(self.patch_embedding(x)), r, c, theta) for x, r, c in chunks])
-
-        # Number of the patch at each place of each token: the token's upper left one, then the others of its square.
-        tokens = torch.arange(num_patches // merge**2, device=pixel_values.device)
-        image, rows, columns = place_in_grids(tokens, grid_hw // merge)
-        sizes, width = grid_hw.prod(-1), grid_hw[image, 1]
-        first = (sizes.cumsum(0) - sizes)[image] + merge * (rows * width + columns)  # (V,)
-        step = torch.arange(merge, device=first.device)
-        square = first[:, None, None] + step[:, None] * width[:, None, None] + step  # (V, merge, merge)
-        # The weight is (E, D, merge, merge): features come first in each piece.
-        pieces = features[square.flatten(1)].transpose(1, 2).flatten(1)  # (V, D * merge * merge)
-        return features, self.dense_embedding(pieces)
-
-
-def rotary_tables(
-    position_ids: torch.Tensor, head_dim: int, rope_parameters: dict, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Native-RoPE (NEO paper, section 3.1): cosines and sines of all axes side by side, once per forward.
-
-    Args:
-        position_ids: (3, B, L) T, H and W indices.
-
-    Returns:
-        cos, sin: (B, L, 1, d), T in the first d/2 channels, H and W in d/4 each; computed in float32, cast to `dtype`.
-    """
-    widths = {"temporal": head_dim, "height": head_dim // 2, "width": head_dim // 2}
-    per_axis = [
-        index[..., None].float()
-        * inverse_frequencies(rope_parameters[axis]["rope_theta"], channels, position_ids.device)
-        for index, (axis, channels) in zip(position_ids, widths.items(), strict=True)
-    ]
-    angles = torch.cat(per_axis, dim=-1)[:, :, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Turn half-split pairs (i, i + n/2) of `x` (B, L, heads, n) by the angles of cos, sin (B, L, 1, n/2). Returns both
-    halves (B, L, heads, n/2).
-    """
-    first, second = x.chunk(2, dim=-1)
-    return _rotate(first, second, cos, sin)
-
-
-class NeoAttention(nn.Module):
-    """Multi-Head Native Attention (NEO paper, section 3.1)."""
-
-    is_causal = True  # where the mask is left out, as in text
-
-    def __init__(self, config: NeoTextConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5  # the LLM's own, although queries and keys are 2 * head_dim wide
-        self.attention_dropout = config.attention_dropout
-
-        def projection(heads: int) -> nn.Linear:
-            return nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.attention_bias)
-
-        self.q_proj = projection(config.num_attention_heads)
-        self.q_proj_hw = projection(config.num_attention_heads)
-        self.k_proj = projection(config.num_key_value_heads)
-        self.k_proj_hw = projection(config.num_key_value_heads)
-        self.v_proj = projection(config.num_key_value_heads)
-        self.o_proj = nn.Linear(
-            config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.attention_bias
-        )
-        self.q_norm = Qwen3RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self.q_norm_h = Qwen3RMSNorm(config.head_dim // 2, eps=config.rms_norm_eps)
-        self.q_norm_w = Qwen3RMSNorm(config.head_dim // 2, eps=config.rms_norm_eps)
-        self.k_norm = Qwen3RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self.k_norm_h = Qwen3RMSNorm(config.head_dim // 2, eps=config.rms_norm_eps)
-        self.k_norm_w = Qwen3RMSNorm(config.head_dim // 2, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask=None,
-        past_key_values: Cache | None = None,
-        cache: Cache | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_states (B, L, E) -> (B, L, E) and, in eager mode, the weights (B, A, L, S)."""
-        cache = past_key_values if cache is None else cache
-        d = self.head_dim
-        widths = (d // 2, d // 4, d // 4)
-        cos, sin = (table.split(widths, dim=-1) for table in position_embeddings)
-
-        def thw(temporal: nn.Linear, spatial: nn.Linear, norm: nn.Module, *norms: nn.Module) -> torch.Tensor:
-            # One projection after the other: of a long prompt, each is large.
-            halves = [*apply_rotary(norm(temporal(hidden_states).unflatten(-1, (-1, d))), cos[0], sin[0])]
-            hw = spatial(hidden_states).unflatten(-1, (-1, d)).chunk(2, dim=-1)
-            for x, norm, c, s in zip(hw, norms, cos[1:], sin[1:], strict=True):
-                halves += apply_rotary(norm(x), c, s)
-            return torch.cat(halves, dim=-1).transpose(1, 2)  # (B, heads, L, 2d)
-
-        query = thw(self.q_proj, self.q_proj_hw, self.q_norm, self.q_norm_h, self.q_norm_w)
-        key = thw(self.k_proj, self.k_proj_hw, self.k_norm, self.k_norm_h, self.k_norm_w)
-        value = self.v_proj(hidden_states).unflatten(-1, (-1, d)).transpose(1, 2)  # (B, K, L, d)
-
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-
-        implementation = self.config._attn_implementation
-        attend: Callable = neo_attention_forward  # by SDPA where the mask is a tensor
-        if implementation not in ("neo", "sdpa") and not (implementation == "flex_attention" and query.shape[2] == 1):
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )  # (B, L, A, d)
-        return self.o_proj(output.flatten(2)), weights
-
-
-class NeoDecoderLayer(GradientCheckpointingLayer):
-    """The native primitive: a Qwen3 block with native attention (NEO paper, section 3.1)."""
-
-    def __init__(self, config: NeoTextConfig, layer_idx: int):
-        super().__init__()
-        self.self_attn = NeoAttention(config, layer_idx)
-        self.mlp = Qwen3MLP(config)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
-        if torch.is_grad_enabled() or is_tracing(hidden_states):
-            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        for chunk in hidden_states.split(MLP_CHUNK, dim=1):  # in place: of use to nobody but a hook, if at all
-            chunk += self.mlp(self.post_attention_layernorm(chunk))
-        return hidden_states
 
 
 class NeoPreTrainedModel(PreTrainedModel):
@@ -281,18 +58,9 @@ class NeoPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": NeoDecoderLayer, "attentions": NeoAttention}
 
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """ "neo" where none is asked for; SDPA in place of a FlexAttention that cannot be compiled here."""
-        if requested_attention is None:
-            return "neo"
-        device_type = "cuda" if torch.cuda.is_available() else "cpu"
-        if requested_attention == "flex_attention" and not can_compile_kernels(device_type):
-            logger.warning_once(
-                "attn_implementation='flex_attention' needs a C++ compiler, on CUDA Triton and a C compiler; not "
-                "found: attention goes by SDPA."
-            )
-            requested_attention = "sdpa"
-        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+    def get_correct_attn_implementation(self, requested_attention: str | None, *args, **kwargs) -> str:
+        """ "neo" where none is asked for."""
+        return super().get_correct_attn_implementation(requested_attention or "neo", *args, **kwargs)
 
     def _init_weights(self, module: nn.Module):
         if isinstance(module, NeoPatchProjection):
@@ -355,22 +123,44 @@ class NeoTextModel(NeoPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        inputs_embeds: torch.Tensor,
-        position_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """inputs_embeds (B, L, E), position_ids (3, B, L), document_ids (B, L) -> last_hidden_state (B, L, E)."""
+        """
+        Args:
+            input_ids: (B, L) token ids, or `inputs_embeds` (B, L, E) in their place.
+            attention_mask: (B, S), 0 on padding, or a finished mask (see `plan_attention`).
+            position_ids: (3, B, L) T, H and W indices; where not given, tokens are text that follows the cache.
+            document_ids: (B, L), equal on the tokens of one document of a packed row.
+
+        Returns:
+            `last_hidden_state` (B, L, E), after the final norm.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
         cache = past_key_values if cache is None else cache
         if document_ids is not None:
             use_cache = False  # a packed row is never continued
         if use_cache and cache is None:
             cache = NeoCache(self.config)
-        mask = create_neo_mask(self.config, inputs_embeds, attention_mask, cache, position_ids, document_ids)
+        if position_ids is None:
+            temporal = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+            temporal = (temporal + (0 if cache is None else cache.get_seq_length())).expand(inputs_embeds.shape[:2])
+            position_ids = torch.stack([temporal, torch.zeros_like(temporal), torch.zeros_like(temporal)])
+
+        dropout = self.config.attention_dropout if self.training else 0.0
+        attend, mask = plan_attention(
+            self.config, inputs_embeds, attention_mask, position_ids, cache, document_ids, dropout
+        )
         position_embeddings = rotary_tables(
             position_ids, self.config.head_dim, self.config.rope_parameters, inputs_embeds.dtype
         )
@@ -379,6 +169,7 @@ class NeoTextModel(NeoPreTrainedModel):
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
+                attend=attend,
                 attention_mask=mask,
                 **{CACHE_NAME: cache},
                 **kwargs,
@@ -479,7 +270,7 @@ class NeoModel(NeoPreTrainedModel):
         document_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        T, H and W indices (3, B, L) of new tokens, counting on from what is cached.
+        T, H and W indices (3, B, L) of new tokens, continuing after what is cached.
 
         Args:
             token_ids: (B, L) the new tokens.
@@ -545,62 +336,35 @@ class NeoModel(NeoPreTrainedModel):
             ValueError: inputs that exclude each other, images and image tokens that do not match in number, grids
                 that do not match the patches, token ids outside the vocabulary.
         """
-        if (input_ids is None) ^ (inputs_embeds is not None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         cache = past_key_values if cache is None else cache
-        if document_ids is not None and cache is not None:
-            raise ValueError("document_ids describe whole packed rows, which cannot follow past_key_values.")
         image_grid_hw = without_time(image_grid_hw, image_grid_thw)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if document_ids is not None and cache is not None:
+            raise ValueError("document_ids describe whole packed rows, which cannot follow a cache.")
         for name in ("output_hidden_states", "output_attentions"):
             if getattr(self.config, name):  # the decoder looks into its own configuration only
                 kwargs.setdefault(name, True)
-        image_features = (mm_encoder_outputs or {}).get("image")
-        if image_features is not None and pixel_values is not None:
-            raise ValueError("Give either pixel_values or mm_encoder_outputs['image'], not both.")
 
         if inputs_embeds is None:
             assert input_ids is not None
             check_token_ids(input_ids, self.config.text_config.vocab_size)
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if pixel_values is not None:
-            image_features = self.get_image_features(pixel_values, image_grid_hw, return_dict=True)
-        if image_features is not None and not len(image_features.pooler_output):
-            image_features = None
-
-        token_ids = None
-        image_hidden_states = None
-        if image_features is not None:
-            token_ids = self.get_token_ids(input_ids, inputs_embeds)
-            image_hidden_states = torch.cat(tuple(image_features.pooler_output))
-            image_features = None  # frees the features of patches
-            inputs_embeds = self._fill_in(inputs_embeds, token_ids, image_hidden_states)
-        elif self.training and torch.is_grad_enabled():
-            # Text alone uses the patch embedding too, for nothing: processes gather its weights and average its
-            # gradients together, whatever each of them reads.
-            vision, merge = self.config.vision_config, self.config.vision_config.spatial_merge_size
-            blank = torch.zeros(merge**2, vision.num_channels * vision.patch_size**2, device=inputs_embeds.device)
-            _, blank_token = self.patch_embed(blank, torch.tensor([[merge, merge]]))
-            inputs_embeds = inputs_embeds + 0 * blank_token.to(inputs_embeds)
-
+        visual_tokens = self._embed_images(pixel_values, image_grid_hw, mm_encoder_outputs)
+        needs_ids = visual_tokens is not None or position_ids is None or position_ids.ndim == 2
+        token_ids = self.get_token_ids(input_ids, inputs_embeds) if needs_ids else None
+        inputs_embeds = self._place_images(inputs_embeds, token_ids, visual_tokens)
         if position_ids is not None and position_ids.ndim == 2:
-            unmasked = attention_mask is None or bool((attention_mask == 1).all())
-            if document_ids is None and unmasked and cache is None:
-                document_ids = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[:2]))
-            if document_ids is not None or image_hidden_states is not None:
-                position_ids = None  # one number per token cannot place images: computed below
-            else:
-                text = position_ids.expand(inputs_embeds.shape[:2])
-                position_ids = torch.stack([text, torch.zeros_like(text), torch.zeros_like(text)])
-        elif position_ids is not None and position_ids.shape[0] != 3:
+            position_ids, document_ids = self._read_text_positions(
+                position_ids, inputs_embeds, attention_mask, cache, document_ids, visual_tokens is not None
+            )
+        if position_ids is None:
+            assert token_ids is not None
+            position_ids = self.get_position_ids(token_ids, image_grid_hw, attention_mask, cache, document_ids)
+        elif position_ids.shape[0] != 3:
             raise ValueError(
                 f"position_ids must be (3, rows, tokens) or (rows, tokens), got {tuple(position_ids.shape)}."
             )
-        is_new_sequence = False
-        if position_ids is None:
-            is_new_sequence = cache is None or cache.get_seq_length() == 0
-            if token_ids is None:
-                token_ids = self.get_token_ids(input_ids, inputs_embeds)
-            position_ids = self.get_position_ids(token_ids, image_grid_hw, attention_mask, cache, document_ids)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -612,68 +376,100 @@ class NeoModel(NeoPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        filled = outputs.get(CACHE_NAME)
-        is_prompt = is_new_sequence or inputs_embeds.shape[1] > 1
-        if filled is not None and is_prompt and not is_tracing(inputs_embeds):
-            # The next T index is not the length: the cache of the sequence remembers by how much they differ. A token
-            # of text moves both by one.
-            next_index = position_ids[0].amax(-1, keepdim=True) + 1
-            if input_ids is not None:
-                next_index = next_index + (input_ids[:, -1:] == self._image_start_token_id)
-            filled.rope_deltas = next_index - filled.get_seq_length()
-        return NeoModelOutputWithPast(**outputs, image_hidden_states=image_hidden_states)
+        known_ids = token_ids if input_ids is None else input_ids
+        self._remember_end(outputs.get(CACHE_NAME), position_ids, known_ids, attention_mask)
+        return NeoModelOutputWithPast(**outputs, image_hidden_states=visual_tokens)
 
-    def _fill_in(self, inputs_embeds: torch.Tensor, token_ids: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
-        is_image = token_ids == self._image_token_id
-        if not is_tracing(visual) and (count := int(is_image.sum())) != visual.shape[0]:
-            raise ValueError(
-                f"Image tokens and images do not match: the input holds {count} image tokens (id "
-                f"{self.config.image_token_id}), the images give {visual.shape[0]} visual tokens."
-            )
-        return inputs_embeds.masked_scatter(is_image[..., None], visual.to(inputs_embeds.device, inputs_embeds.dtype))
+    def _embed_images(self, pixel_values, image_grid_hw, mm_encoder_outputs) -> torch.Tensor | None:
+        """Visual tokens (V, E) of all images, `None` where there are none."""
+        features = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            if features is not None:
+                raise ValueError("Give either pixel_values or mm_encoder_outputs['image'], not both.")
+            features = self.get_image_features(pixel_values, image_grid_hw, return_dict=True)
+        if features is None or not len(features.pooler_output):
+            return None
+        return torch.cat(tuple(features.pooler_output))
+
+    def _place_images(
+        self, inputs_embeds: torch.Tensor, token_ids: torch.Tensor | None, visual_tokens: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`inputs_embeds` (B, L, E) with the visual tokens (V, E) in the places of `<IMG_CONTEXT>`."""
+        if visual_tokens is not None:
+            assert token_ids is not None
+            is_image = token_ids == self._image_token_id
+            if not is_tracing(visual_tokens) and (count := int(is_image.sum())) != visual_tokens.shape[0]:
+                raise ValueError(
+                    f"Image tokens and images do not match: the input holds {count} image tokens (id "
+                    f"{self.config.image_token_id}), the images give {visual_tokens.shape[0]} visual tokens."
+                )
+            visual_tokens = visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+            return inputs_embeds.masked_scatter(is_image[..., None], visual_tokens)
+        if self.training and torch.is_grad_enabled():
+            # Text alone also runs the patch embedding, multiplied by zero: processes gather its weights and average
+            # its gradients together, whatever each of them reads.
+            vision, merge = self.config.vision_config, self.config.vision_config.spatial_merge_size
+            blank = torch.zeros(merge**2, vision.num_channels * vision.patch_size**2, device=inputs_embeds.device)
+            _, blank_token = self.patch_embed(blank, torch.tensor([[merge, merge]]))
+            return inputs_embeds + 0 * blank_token.to(inputs_embeds)
+        return inputs_embeds
+
+    def _read_text_positions(
+        self, position_ids, inputs_embeds, attention_mask, cache, document_ids, has_images: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """
+        What two-dimensional `position_ids` mean: T indices (3, B, L) of text, or documents of packed rows. `None`
+        where indices are still to be allocated, as one number per token cannot place images.
+        """
+        position_ids = position_ids.expand(inputs_embeds.shape[:2])
+        is_unpadded = attention_mask is None or bool((attention_mask == 1).all())
+        if document_ids is None and is_unpadded and cache is None:
+            document_ids = find_packed_sequence_indices(position_ids)
+        if document_ids is not None or has_images:
+            return None, document_ids
+        return torch.stack([position_ids, torch.zeros_like(position_ids), torch.zeros_like(position_ids)]), None
+
+    def _remember_end(
+        self,
+        cache: Cache | None,
+        position_ids: torch.Tensor,
+        token_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+    ):
+        """
+        Note on the cache by how much the next T index of each row differs from the row's length, which is what text
+        leaves unchanged: see `get_position_ids`.
+        """
+        if cache is None or is_tracing(position_ids):
+            return
+        end, length = cache.get_seq_length(), position_ids.shape[-1]
+        next_index = position_ids[0].amax(-1, keepdim=True) + 1
+        attended = None
+        if attention_mask is not None and attention_mask.ndim == 2:
+            attended = attention_mask[:, -length:] != 0
+        if token_ids is not None:
+            places = torch.arange(length, device=token_ids.device)
+            last = places[-1:] if attended is None else (attended * places).amax(-1, keepdim=True)
+            last_ids = token_ids.gather(1, last.expand(token_ids.shape[0], 1))
+            next_index = next_index + (last_ids == self._image_start_token_id)
+        if attended is not None:  # rows of padding alone do not move
+            deltas = getattr(cache, "rope_deltas", None)
+            previous = 0 if deltas is None else deltas + (end - length)
+            next_index = torch.where(attended.any(-1, keepdim=True), next_index, previous)
+        cache.rope_deltas = next_index - end
 
 
 def check_token_ids(input_ids: torch.Tensor, vocab_size: int):
     """Raise a ValueError that quotes a token id outside the vocabulary. Skips decoding steps, which it would stall."""
     if input_ids.shape[-1] < 2 or is_tracing(input_ids):
         return
-    low, high = (int(x) for x in input_ids.aminmax())
+    low, high = input_ids.aminmax()
+    low, high = torch.stack([low, high]).tolist()
     if low < 0 or high >= vocab_size:
         raise ValueError(
             f"input_ids must lie between 0 and {vocab_size - 1}, got {low if low < 0 else high}. Was the tokenizer "
             "made for this model?"
         )
-
-
-class NeoOutputHead(nn.Linear):
-    """Hidden states to logits, or straight to a loss: then only the logits of a few tokens exist at a time."""
-
-    # About 1.2 GB in float32 with 151,936 words, backward pass included.
-    chunk_tokens = 512
-
-    def forward(
-        self, hidden_states: torch.Tensor, loss_of: Callable[..., torch.Tensor] | None = None, *columns: torch.Tensor
-    ) -> torch.Tensor:
-        """
-        Args:
-            hidden_states: (..., E), or (tokens, E) where there is a loss.
-            loss_of: called with the logits of some tokens and their part of `columns`, gives their part of the loss.
-                It is called again in the backward pass. All this is one call of this module, as FSDP and ZeRO gather
-                its weights for a call, and expect the same calls from all processes.
-            columns: (tokens, ...).
-
-        Returns:
-            Logits (..., vocabulary), or the loss, a scalar.
-        """
-        if loss_of is None:
-            return super().forward(hidden_states)
-
-        def chunk_loss(hidden_states: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
-            return loss_of(F.linear(hidden_states, self.weight), *columns)
-
-        # Without tokens there is one empty chunk, which has a gradient.
-        chunks = zip(*(column.split(self.chunk_tokens) for column in (hidden_states, *columns)), strict=True)
-        return torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
 
 class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
@@ -749,6 +545,7 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
         skip_logits: bool | None = None,
         image_grid_thw: torch.Tensor | None = None,
         cache: Cache | None = None,
+        shift_labels: torch.Tensor | None = None,
         **kwargs,
     ) -> NeoCausalLMOutputWithPast:
         """
@@ -756,18 +553,17 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
 
         Args:
             labels: (B, L) token ids to be predicted by the token before each, -100 where none is. `<IMG_CONTEXT>`,
-                padding and the first token of a document never count. `shift_labels` in their place are taken as the
-                target of each token itself, as in transformers.
+                padding and the first token of a document never count.
             logits_to_keep: compute logits of the last so many tokens only, 0 for all; or which, as an index tensor.
             loss_weight: (B, L), the weight of predicting each token, aligned with the labels; 1 where not given.
             num_items_in_batch: what to divide the loss by in place of the sum of weights of this batch.
             skip_logits: return the loss alone, which needs a fraction of the memory.
+            shift_labels: (B, kept tokens), in place of `labels`: the target of each token itself, as in transformers.
 
         Returns:
             `logits` (B, L, vocabulary) and, where there are labels, `loss`: the mean cross entropy by weight, 0 where
             no token counts.
         """
-        shift_labels = kwargs.pop("shift_labels", None)
         if use_cache is None and (labels is not None or shift_labels is not None):
             use_cache = False  # a layer that is run again, to recompute activations, would fill it twice
         outputs = self.model(
@@ -786,49 +582,34 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        kept_tokens = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden_states = outputs.last_hidden_state[:, kept_tokens]
-        targets = None
-        if shift_labels is not None:
-            shift_labels = shift_labels.to(hidden_states.device)
-            targets = shift_labels.masked_fill(shift_labels == self._image_token_id, -100)
-            weights = target_weights(targets, None if loss_weight is None else loss_weight.to(targets.device))
-        elif labels is not None:
-            if hidden_states.shape[1] != labels.shape[1]:
-                raise ValueError(
-                    f"labels of {labels.shape[1]} tokens need the logits of all of them, but logits_to_keep="
-                    f"{logits_to_keep} keeps {hidden_states.shape[1]}. Give shift_labels of the tokens that are kept."
-                )
-            targets, weights = next_token_targets(
-                labels.to(hidden_states.device),
-                image_token_id=self._image_token_id,
-                loss_weight=loss_weight,
-                attention_mask=attention_mask,
-                document_ids=document_ids,
-            )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_states = outputs.last_hidden_state[:, kept]
+        targets, weights = self._find_targets(
+            labels, shift_labels, loss_weight, attention_mask, document_ids, hidden_states
+        )
+        logits = loss = None
         if skip_logits and targets is None:
             raise ValueError("skip_logits=True leaves nothing to compute without labels.")
-
-        def loss_of(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            return self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.text_config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-                shift_labels=targets,
-                loss_weight=weights,
-                **kwargs,
-            )
-
-        # A head that something else was put around or in place of (an adapter) gives logits only.
-        if targets is not None and skip_logits and isinstance(self.lm_head, NeoOutputHead):
-            if num_items_in_batch is None:
-                num_items_in_batch = weights.sum()
-            kept = weights != 0
-            logits, loss = None, self.lm_head(hidden_states[kept], loss_of, targets[kept], weights[kept])
+        # A head wrapped or replaced by something else (an adapter) gives logits only, as another loss asks for them.
+        is_own_loss = isinstance(self.lm_head, NeoOutputHead) and self.loss_function is weighted_cross_entropy
+        if skip_logits and is_own_loss:
+            assert targets is not None
+            assert weights is not None
+            total = weights.sum() if num_items_in_batch is None else num_items_in_batch
+            counted = weights != 0
+            loss = self.lm_head(hidden_states[counted], targets[counted], weights[counted], total)
         else:
             logits = self.lm_head(hidden_states)
-            loss = None if targets is None else loss_of(logits, targets, weights)
+            if targets is not None:
+                loss = self.loss_function(
+                    logits=logits,
+                    labels=labels,
+                    vocab_size=self.config.text_config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                    shift_labels=targets,
+                    loss_weight=weights,
+                    **kwargs,
+                )
         return NeoCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -836,6 +617,30 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
+        )
+
+    def _find_targets(
+        self, labels, shift_labels, loss_weight, attention_mask, document_ids, hidden_states
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Target and weight (B, kept tokens) of each token whose logits are kept, `None` without labels."""
+        device = hidden_states.device
+        if shift_labels is not None:
+            targets = shift_labels.to(device)
+            targets = targets.masked_fill(targets == self._image_token_id, IGNORE_INDEX)
+            return targets, target_weights(targets, None if loss_weight is None else loss_weight.to(device))
+        if labels is None:
+            return None, None
+        if hidden_states.shape[1] != labels.shape[1]:
+            raise ValueError(
+                f"labels of {labels.shape[1]} tokens need the logits of all of them, but logits_to_keep keeps "
+                f"{hidden_states.shape[1]}. Give shift_labels of the tokens that are kept."
+            )
+        return next_token_targets(
+            labels.to(device),
+            image_token_id=self._image_token_id,
+            loss_weight=loss_weight,
+            attention_mask=attention_mask,
+            document_ids=document_ids,
         )
 
 

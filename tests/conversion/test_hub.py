@@ -6,21 +6,9 @@ import sys
 
 import pytest
 import torch
-from helpers import random_model, run_without_package, tiny_config
+from helpers import ROOT, random_model, run_without_package, tiny_config
 
-CODE_FILES = {
-    "attention_neo.py",
-    "cache_neo.py",
-    "configuration_neo.py",
-    "generation_neo.py",
-    "image_processing_neo.py",
-    "indexing_neo.py",
-    "loss_neo.py",
-    "masking_neo.py",
-    "modeling_neo.py",
-    "processing_neo.py",
-    "video_processing_neo.py",
-}
+CODE_FILES = {path.name for path in (ROOT / "src" / "neo_hf").glob("*_neo.py")}
 
 
 def test_files(hub_folder):

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from neo_hf import NeoForConditionalGeneration, NeoModel, NeoTextModel
+from neo_hf.cache_neo import CACHE_NAME
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 both_classes = pytest.mark.parametrize("model_class", [NeoModel, NeoForConditionalGeneration])
@@ -468,4 +469,11 @@ def test_chat_template_of_batches(processor, return_tensors):
 def test_text_model_alone():
     model = NeoTextModel(tiny_config().text_config)
     position_ids = torch.stack([torch.arange(5)[None], torch.zeros(1, 5), torch.zeros(1, 5)]).long()
-    assert model(torch.randn(1, 5, 64), position_ids=position_ids).last_hidden_state.shape == (1, 5, 64)
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    with torch.no_grad():
+        expected = model(inputs_embeds=model.embed_tokens(ids), position_ids=position_ids).last_hidden_state
+        assert torch.equal(model(ids).last_hidden_state, expected)
+        cache = model(ids[:, :3], use_cache=True)[CACHE_NAME]
+        torch.testing.assert_close(model(ids[:, 3:], cache=cache).last_hidden_state, expected[:, 3:])
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model(ids, inputs_embeds=model.embed_tokens(ids))

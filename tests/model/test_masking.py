@@ -9,13 +9,12 @@ from helpers import IMAGE, IMAGE_START, dense_mask_oracle, one, random_model, ra
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers import DynamicCache, StaticCache
 from transformers.integrations.flex_attention import flex_attention_forward
 
 from neo_hf import allocate_position_ids, attention_neo
-from neo_hf.attention_neo import KeyRuns
-from neo_hf.masking_neo import create_neo_mask, find_key_runs
+from neo_hf.attention_neo import KeyRuns, find_key_runs, plan_attention
 
 
 @st.composite
@@ -71,14 +70,16 @@ def test_mask(batch, implementation, packed):
     embeds = torch.empty(*attended.shape, 0)
 
     def compare(cache):
-        mask = create_neo_mask(config, embeds, attended.long(), cache, position_ids, document_ids)
+        _, mask = plan_attention(config, embeds, attended.long(), position_ids, cache, document_ids)
         if mask is None:
             found = torch.ones(length, length, dtype=torch.bool).tril().expand(expected.shape)
         elif isinstance(mask, KeyRuns):
-            keys = torch.arange(mask.num_keys)
-            found = (mask.first[..., None] <= keys) & (keys < mask.last[..., None])
-        elif isinstance(mask, BlockMask):
-            found = create_mask(mask.mask_mod, len(batch), 1, *mask.seq_lengths, device="cpu")[:, 0]
+            found = mask.dense()[:, 0]
+            if implementation == "flex_attention":
+                blocks = mask.block_mask
+                assert torch.equal(
+                    create_mask(blocks.mask_mod, len(batch), 1, *blocks.seq_lengths, device="cpu")[:, 0], found
+                )
         else:
             found = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
             assert not found[..., length:].any()
@@ -168,8 +169,10 @@ def test_block_mask(data, length, packed, cached):
     if cached:
         cache = DynamicCache(config=tiny_config().text_config)
         cache.update(*torch.zeros(2, len(layouts), 2, cached, 1), 0)
-    embeds = torch.empty(len(layouts), length, 0)
-    runs = find_key_runs(embeds, attended, cache, images, documents if packed else None)
+    # T indices that imply the images: equal within each, different between neighbours.
+    starts = F.pad((images[:, 1:] != images[:, :-1]) | (images[:, 1:] < 0), (1, 0), value=True)
+    temporal = starts.cumsum(-1)
+    runs = find_key_runs(torch.stack([temporal] * 3), attended, documents if packed else None, cache)
     expected = create_block_mask(sees, len(layouts), None, length, cached + length, device="cpu")
     for found, wanted in zip(runs.block_mask.as_tuple(), expected.as_tuple(), strict=True):
         if isinstance(wanted, torch.Tensor):
@@ -223,14 +226,19 @@ def test_flex_attention_compiles_for_all_lengths():
 
 
 def test_without_a_compiler(monkeypatch, caplog):
+    """FlexAttention would make the scores of all pairs: SDPA with a dense mask takes its place, and says so."""
     monkeypatch.setattr(attention_neo.shutil, "which", lambda name: None)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    attention_neo.can_compile_kernels.cache_clear()
-    try:
-        model = random_model(tiny_config(), attn_implementation="flex_attention")
-    finally:
+    model = random_model(tiny_config(), attn_implementation="sdpa")
+    inputs = one(random_prompt(torch.Generator().manual_seed(6), [(2, 3)]))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        model.set_attn_implementation("flex_attention")
         attention_neo.can_compile_kernels.cache_clear()
-    assert model.config._attn_implementation == model.config.text_config._attn_implementation == "sdpa"
+        try:
+            assert torch.equal(model(**inputs).logits, expected)
+        finally:
+            attention_neo.can_compile_kernels.cache_clear()
     assert "needs a C++ compiler" in caplog.text
 
 
@@ -258,7 +266,7 @@ FLEX_MASK = """
 import resource
 import torch
 from neo_hf import NeoTextConfig
-from neo_hf.masking_neo import create_neo_mask
+from neo_hf.attention_neo import find_key_runs
 
 config = NeoTextConfig(num_hidden_layers=1)
 config._attn_implementation = "flex_attention"
@@ -266,7 +274,7 @@ peaks = []
 for length in (1024, 2048, 32_768):  # the first two compile
     temporal = torch.arange(length) // 64  # images of 64 tokens
     position_ids = torch.stack([temporal] * 3)[:, None]
-    mask = create_neo_mask(config, torch.empty(1, length, 0), None, None, position_ids)
+    mask = find_key_runs(position_ids).block_mask
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 print(mask.sparsity(), peaks[-1] - peaks[-2])
 """

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from neo_hf import NeoForConditionalGeneration, allocate_position_ids
-from neo_hf.modeling_neo import rotary_tables, rotate_patches
+from neo_hf.rotary_neo import rotary_tables, rotate_patches
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,7 @@ def test_caches_of_others_are_refused(sdpa_model, golden):
         cache.batch_repeat_interleave(2)  # which leaves what the model noted on it as it was
         with pytest.raises(ValueError, match=r"changed to 2 rows.*give position_ids"):
             sdpa_model(input_ids=torch.tensor([[1], [2]]), past_key_values=cache)
-        with pytest.raises(ValueError, match="cannot follow past_key_values"):
+        with pytest.raises(ValueError, match="cannot follow a cache"):
             sdpa_model(input_ids=torch.tensor([[1]]), document_ids=torch.tensor([[0]]), past_key_values=cache)
 
 

@@ -11,7 +11,7 @@ from helpers import random_model, tiny_config
 from test_training import SGD, collate, make_samples, training_arguments
 from torch.distributed.fsdp import FSDPModule
 
-from neo_hf.modeling_neo import NeoOutputHead
+from neo_hf.loss_neo import NeoOutputHead
 from neo_hf.training import NeoTrainer, SampleStream, Source
 
 
