@@ -22,6 +22,7 @@ from .generation_neo import NeoGenerationMixin
 from .indexing_neo import allocate_position_ids, check_grid, place_in_grids, without_time
 from .loss_neo import next_token_targets, target_weights, weighted_cross_entropy
 from .masking_neo import create_neo_mask
+from .self_test_neo import check_transformers
 
 import math
 from collections.abc import Callable
@@ -696,7 +697,11 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
         """
         As in transformers, from a Hub id, a folder of `save_pretrained` or a raw checkpoint. Where there is no output
         head, it is the input embedding, whatever the configuration says.
+
+        Raises:
+            ImportError: this transformers is newer than those tested, and NEO's self-test fails with it.
         """
+        check_transformers(NeoForConditionalGeneration)
         # Harnesses for the released class pass these of transformers 4, switched off.
         for name in ("load_in_8bit", "load_in_4bit"):
             if kwargs.pop(name, False):

@@ -19,6 +19,7 @@ CODE_FILES = {
     "masking_neo.py",
     "modeling_neo.py",
     "processing_neo.py",
+    "self_test_neo.py",
     "video_processing_neo.py",
 }
 
