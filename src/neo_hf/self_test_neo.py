@@ -251,10 +251,7 @@ def _marker() -> Path:
     code = hashlib.sha256(f"{platform.python_version()} {platform.platform()}".encode())
     for file in sorted(Path(__file__).parent.glob("*_neo.py")):
         code.update(file.read_bytes())
-    name = (
-        f"self-test-passed-transformers-{transformers.__version__}-torch-{torch.__version__}-{code.hexdigest()[:16]}"
-    )
-    return Path(constants.HF_HOME) / "neo-hf" / name
+    return Path(constants.HF_HOME) / "neo-hf" / f"self-test-passed-{what}-{code.hexdigest()[:16]}"
 
 
 def _exists(path: Path) -> bool:
