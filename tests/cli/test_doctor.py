@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import GOLDEN
+from helpers import GOLDEN, ROOT
 from huggingface_hub import constants
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
@@ -18,7 +18,7 @@ from neo_hf import NeoForConditionalGeneration, cache_neo, cli, doctor, generati
 from neo_hf.generation_neo import NeoGenerationMixin
 from neo_hf.self_test_neo import RECORDED_TOKENS, build_model, prompt_inputs, self_test
 
-DESIGN = Path(__file__).parents[1] / "docs" / "design.md"
+DESIGN = ROOT / "docs" / "design.md"
 
 
 @pytest.mark.parametrize("implementation", ["neo", "sdpa", "eager"])
@@ -266,7 +266,7 @@ def overrides():
 def test_the_table_of_overrides_is_complete():
     whole = DESIGN.read_text().partition("## Hooks into Transformers")[2].partition("\n## ")[0]
     section, _, _ = whole.partition("And what is registered")
-    rows = re.findall(r"^\| `(\w+\.\w+)` \|.*\| `(test_\w+\.py)::(test_\w+)` \|$", section, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+\.\w+)` \|.*\| `([\w/]+\.py)::(test_\w+)` \|$", section, re.MULTILINE)
     assert {override for override, _, _ in rows} == overrides()
-    for file, test in re.findall(r"`(test_\w+\.py)::(test_\w+)` \|$", whole, re.MULTILINE):
-        assert f"def {test}(" in (Path(__file__).parent / file).read_text()
+    for file, test in re.findall(r"`([\w/]+\.py)::(test_\w+)` \|$", whole, re.MULTILINE):
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text()
