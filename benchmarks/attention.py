@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 from tqdm import tqdm
 
-from neo_hf.attention_neo import TiledAttention
-from neo_hf.masking_neo import find_key_runs
+from neo_hf.attention_neo import TiledAttention, find_key_runs
 
 SCALE = 128**-0.5
 TEXT = 14  # tokens before each image
@@ -48,8 +47,11 @@ def main():
             query, key, value = torch.randn(3, 1, 2, length, 256).unbind()
             key, value = key[:, :1].contiguous(), value[:, :1, :, :128].contiguous()
 
-            def runs(query=query, images=images):
-                return find_key_runs(query[:, 0], None, None, images)
+            # T indices that imply these images.
+            temporal = torch.where(places == TEXT, 1, (places < TEXT).long()).cumsum(-1)
+
+            def runs(temporal=temporal):
+                return find_key_runs(torch.stack([temporal] * 3))
 
             def tiles(query=query, key=key, value=value, runs=runs):
                 TiledAttention.apply(query, key, value, runs(), SCALE)

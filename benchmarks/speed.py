@@ -27,9 +27,8 @@ from tqdm import tqdm
 from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from neo_hf import NeoConfig, NeoForConditionalGeneration
+from neo_hf.attention_neo import find_key_runs
 from neo_hf.cache_neo import NeoCache
-from neo_hf.indexing_neo import image_ids
-from neo_hf.masking_neo import find_key_runs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -145,8 +144,7 @@ def prefill_operations(model, ids, grids):
     config = model.config.text_config
     layer = model.get_decoder().layers[0]
     linear = sum(weight.numel() for weight in layer.parameters() if weight.ndim == 2) * ids.shape[1]
-    t = model.model.get_position_ids(ids, grids)[0]
-    runs = find_key_runs(ids[..., None], None, None, image_ids(t))
+    runs = find_key_runs(model.model.get_position_ids(ids, grids))
     pairs = int((runs.last - runs.first).sum())
     attention = pairs * config.num_attention_heads * (config.qk_head_dim + config.head_dim)
     head = model.lm_head.weight.numel()

@@ -2,6 +2,7 @@
 
 from . import conversion, publishing
 from .configuration_neo import NeoConfig
+from .doctor import examine
 from .image_processing_neo import load_image
 from .loading import NANO, load_image_processor, load_model_and_processor
 from .modeling_neo import NeoForConditionalGeneration
@@ -325,6 +326,13 @@ def push(
         print(f"{sum(files.values()):>15,}  bytes in {len(files)} files to {repo_id}")
         return
     print(publishing.push(folder, repo_id, private=private, revision=revision, create_pr=create_pr))
+
+
+@app.command()
+def doctor():
+    """Check that NEO works with what is installed here; fails where it does not."""
+    if not examine():
+        raise typer.Exit(1)
 
 
 def main(argv: list[str] | None = None):

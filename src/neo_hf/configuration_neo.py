@@ -14,6 +14,8 @@ from packaging.version import parse as parse_version
 if not (5, 19) <= parse_version(transformers.__version__).release[:2] < (6,):
     raise ImportError(f"NEO needs transformers>=5.19,<6, but transformers {transformers.__version__} is installed.")
 
+NEWEST_TESTED = (5, 24)  # on a newer transformers, `from_pretrained` runs a self-test first
+
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig

@@ -24,6 +24,7 @@ from .loss_neo import IGNORE_INDEX, NeoOutputHead, next_token_targets, target_we
 from .native_primitive_neo import NeoAttention, NeoDecoderLayer
 from .patch_embedding_neo import NeoPatchEmbedding, NeoPatchProjection
 from .rotary_neo import rotary_tables
+from .self_test_neo import check_transformers
 
 import math
 from dataclasses import dataclass
@@ -492,7 +493,11 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
         """
         As in transformers, from a Hub id, a folder of `save_pretrained` or a raw checkpoint. Where there is no output
         head, it is the input embedding, whatever the configuration says.
+
+        Raises:
+            ImportError: this transformers is newer than those tested, and NEO's self-test fails with it.
         """
+        check_transformers(NeoForConditionalGeneration)
         # Harnesses for the released class pass these of transformers 4, switched off.
         for name in ("load_in_8bit", "load_in_4bit"):
             if kwargs.pop(name, False):

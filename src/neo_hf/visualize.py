@@ -6,14 +6,13 @@ it is given. Nothing is shown or written: figures belong to no window, `figure.s
 N images (or video frames).
 """
 
+from .attention_neo import find_key_runs
 from .configuration_neo import NeoConfig
 from .image_processing_neo import NeoImageProcessor
 from .indexing_neo import allocate_position_ids, document_starts, place_in_grids
-from .masking_neo import create_neo_mask
 from .modeling_neo import NeoForConditionalGeneration
 from .processing_neo import NeoProcessor
 
-import copy
 import math
 import os
 import textwrap
@@ -136,16 +135,10 @@ def read_prompt(config: NeoConfig, processor: NeoProcessor, inputs: Mapping[str,
     else:
         position_ids = position_ids.cpu()[:, :, there]
 
-    text_config = copy.copy(config.text_config)
-    text_config._attn_implementation = "sdpa"  # whose mask is boolean
-    embeddings = torch.empty(*input_ids.shape, 0)
-    mask = create_neo_mask(text_config, embeddings, None, None, position_ids, document_ids)
-    if mask is None:  # plain causal attention
-        mask = torch.ones(1, 1, *2 * input_ids.shape[1:], dtype=torch.bool).tril()
     return Prompt(
         input_ids=input_ids[0],
         position_ids=position_ids[:, 0],
-        mask=mask[0, 0],
+        mask=find_key_runs(position_ids, document_ids=document_ids).dense()[0, 0],
         units=_find_units(input_ids, document_ids, pixels, grid_hw, processor),
         pixel_values=pixels,
         image_grid_hw=grid_hw,

@@ -175,7 +175,7 @@ def test_mismatched_counts(processor, text, images, message):
         processor(text=text, images=images)
 
 
-def test_truncation_through_a_image_is_refused(processor):
+def test_truncation_through_an_image_is_refused(processor):
     with pytest.raises(ValueError, match=r"hold \[4\] image tokens, of which \[2\] are left"):
         processor(text="<image>", images=noise(64, 64), truncation=True, max_length=3, padding=False)
 
