@@ -1,6 +1,7 @@
 """The `neo-hf` command: thin over the library."""
 
 from . import conversion, publishing
+from ._version import __version__
 from .configuration_neo import NeoConfig
 from .doctor import examine
 from .image_processing_neo import load_image
@@ -27,6 +28,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool):
+    if wanted:
+        print(f"neo-hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+):
+    pass
 
 
 def _model_name(name: str) -> str:
@@ -175,6 +191,7 @@ def _questions(question: str | None) -> Iterator[str]:
 @app.command()
 def info(model_name: Model, image: Images = []):  # noqa: B006
     """Describe a model: its sizes, parameters per part, and what images cost."""
+    processor = load_image_processor(model_name)
     config = NeoConfig.from_pretrained(model_name)
     with torch.device("meta"):
         model = NeoForConditionalGeneration._from_config(config)
@@ -204,7 +221,6 @@ def info(model_name: Model, image: Images = []):  # noqa: B006
     for name, parameters in parts.items():
         print(f"  {name:<34} {parameters:>15,}")
     side = vision.patch_size * vision.spatial_merge_size
-    processor = load_image_processor(model_name)
     budget = f"{processor.min_pixels:,} to {processor.max_pixels:,} pixels"
     print(f"images            {budget}, {side} x {side} per visual token")
     for file in image:
@@ -235,6 +251,12 @@ def convert(
     dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="bfloat16, float16 or float32.")] = None,
     max_shard_size: ShardSize = "5GB",
     num_pre_buffer_layers: Annotated[int | None, typer.Option(metavar="N", help="Depth of the pre-Buffer.")] = None,
+    repo_id: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Hub id that the card's examples load the model from.")
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(metavar="ID", help="Licence for the card, as the Hub writes it: apache-2.0, mit, ...")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare tensors and logits with the source.")] = False,
     force: Force = False,
 ):
@@ -248,9 +270,13 @@ def convert(
         dtype=getattr(torch, dtype) if dtype else None,
         max_shard_size=max_shard_size,
         num_pre_buffer_layers=num_pre_buffer_layers,
+        repo_id=repo_id,
+        license=license,
         verify=verify,
         force=force,
     )
+    if verify:
+        print(f"Verified: all tensors of {out}, and its logits on a fixed prompt, are those of {raw}.")
     _say_missing(missing, out)
 
 

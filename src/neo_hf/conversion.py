@@ -2,8 +2,8 @@
 
 from .checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, new_folder, open_checkpoint, sha256, write_shards
 from .configuration_neo import QWEN3_FIELDS, NeoConfig
-from .loading import default_image_processor
-from .model_card import Provenance, load_release, render_model_card
+from .loading import check_available, default_image_processor
+from .model_card import Provenance, load_release, placeholder_id, read_license, render_model_card
 from .modeling_neo import NeoForConditionalGeneration
 from .processing_neo import NeoProcessor
 from .raw_checkpoint import IGNORED, neo_config_to_raw, neo_to_raw_name, raw_to_neo_name
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils import validate_repo_id
 from transformers import GenerationConfig, PreTrainedConfig, Qwen3Config
 
 # Prefixes that trainers put in front of all names.
@@ -37,6 +38,8 @@ def convert_raw_to_hub(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     num_pre_buffer_layers: int | None = None,
+    repo_id: str | None = None,
+    license: str | None = None,
     verify: bool = False,
     force: bool = False,
 ) -> list[str]:
@@ -51,6 +54,10 @@ def convert_raw_to_hub(
         dtype: of the weights. Defaults to that of the checkpoint.
         max_shard_size: of a file of weights, in bytes or as "5GB".
         num_pre_buffer_layers: where the configuration does not say.
+        repo_id: Hub id ("user/name") from which the card's examples load the model. Defaults to a placeholder, which
+            `push` replaces.
+        license: identifier of the licence for the card, as the Hub writes it. Defaults to that of the released
+            checkpoint or of the source's own card, else "unknown".
         verify: compare each tensor, and logits on a fixed prompt, with the source.
         force: replace `out`.
 
@@ -60,6 +67,8 @@ def convert_raw_to_hub(
     Raises:
         ValueError: anything about the source that does not fit; nothing is written then.
     """
+    if repo_id is not None:
+        validate_repo_id(repo_id)
     source = _resolve(raw)
     config = _read_config(source)
     if dtype is not None and dtype not in DTYPE_NAMES.keys() - {torch.int64, torch.int32, torch.uint8, torch.bool}:
@@ -84,7 +93,10 @@ def convert_raw_to_hub(
         missing = _write_processor(folder, processor)
         provenance = Provenance(source=_display_name(raw), sha256=hashes.result())
         released = str(raw) if str(raw) in load_release()["checkpoints"] else None
-        render_model_card(config, Path(out).name, released, provenance).save(folder / "README.md")
+        card = render_model_card(
+            config, repo_id or placeholder_id(out), released, provenance, license or read_license(source)
+        )
+        card.save(folder / "README.md")
         if verify:
             _verify(folder, infos, read)
     return missing
@@ -206,7 +218,8 @@ def init_from_qwen3(
         files = [*llm_checkpoint.files, *(asset.files if asset else [])]
         hashes = {str(file.relative_to(file.parents[1])): sha256(file) for file in files}
         provenance = Provenance(source=_display_name(qwen3), sha256=hashes)
-        render_model_card(config, Path(out).name, None, provenance).save(folder / "README.md")
+        card = render_model_card(config, placeholder_id(out), None, provenance, read_license(source))
+        card.save(folder / "README.md")
     return missing
 
 
@@ -380,6 +393,7 @@ def _resolve(name_or_path: str | Path) -> Path:
         return path
     if path.exists() or len(path.parts) != 2 or str(name_or_path).startswith((".", "/", "~")):
         raise ValueError(f"{name_or_path} is neither a folder nor a Hub id.")
+    check_available(name_or_path)
     return Path(snapshot_download(str(name_or_path)))
 
 

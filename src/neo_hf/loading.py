@@ -9,14 +9,35 @@ from .tokenization import add_neo_tokens, load_tokenizer
 import os
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
 from transformers import PreTrainedConfig
 
 NANO = Path(__file__).parent / "nano"  # the model that comes with the package
 
 
+def check_available(name_or_path: str | os.PathLike):
+    """
+    Refuse a model that is neither a folder, nor in the cache, nor on the Hub. This asks the Hub once; transformers
+    would retry for half a minute.
+
+    Raises:
+        ValueError: there is no such model, or the Hub cannot be reached.
+    """
+    if os.path.isdir(name_or_path):
+        return
+    try:
+        if isinstance(try_to_load_from_cache(str(name_or_path), "config.json"), str):
+            return
+        get_hf_file_metadata(hf_hub_url(str(name_or_path), "config.json"))
+    except Exception as error:  # malformed ids, refusals, and whatever the HTTP library raises without a network
+        raise ValueError(
+            f"{str(name_or_path)!r} is neither a folder nor a cached model, and could not be found on the Hub: {error}"
+        ) from error
+
+
 def is_raw(name_or_path: str | os.PathLike) -> bool:
     """Whether a Hub id or a folder holds a raw checkpoint (`model_type` "neo_chat")."""
+    check_available(name_or_path)
     config_dict, _ = PreTrainedConfig.get_config_dict(name_or_path)
     return config_dict.get("model_type") == "neo_chat"
 

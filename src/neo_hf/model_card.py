@@ -4,6 +4,7 @@ from ._version import __version__
 from .configuration_neo import NeoConfig
 from .modeling_neo import NeoForConditionalGeneration
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 TEMPLATES = files("neo_hf") / "templates"
+
+# The line of the card's examples that says where they load the model from.
+MODEL_ID_LINE = re.compile(r'^model_id = "(.*)"$', flags=re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,11 @@ def count_parameters(config: NeoConfig) -> dict[str, int]:
 
 
 def render_model_card(
-    config: NeoConfig, model_id: str, released: str | None = None, provenance: Provenance | None = None
+    config: NeoConfig,
+    model_id: str,
+    released: str | None = None,
+    provenance: Provenance | None = None,
+    license: str | None = None,
 ) -> ModelCard:
     """
     The model card of a checkpoint in the layout of `save_pretrained`.
@@ -72,13 +80,20 @@ def render_model_card(
         released: Hub id of the released checkpoint whose weights these are: the card then has its licence, training
             data and published results. `None`: the card says only what the configuration and `provenance` tell.
         provenance: of converted weights.
+        license: identifier of the licence, as the Hub writes it. Defaults to that of the released checkpoint, else
+            "unknown".
 
     Raises:
         ValueError: `released` is not a released checkpoint.
     """
     release = load_release()
     name = Path(model_id).name
-    data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
+    data: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "license": license or (release["license"] if released is not None else "unknown"),
+        "widget": release["widget"],
+    }
     tags = ["neo", "multimodal", "vision-language", "encoder-free"]
     context: dict[str, Any] = {}
     if released is not None:
@@ -98,7 +113,6 @@ def render_model_card(
         }
         tags += ["video-text-to-text"] if family["video"] else []
         data |= {
-            "license": release["license"],
             "language": family["languages"],
             "base_model": f"Qwen/{size['llm']}-Base",
             "base_model_relation": "finetune",
@@ -130,10 +144,29 @@ def render_model_card(
         vision=config.vision_config,
         parameters=count_parameters(config),
         released=released,
+        license=data["license"],
         provenance=provenance,
         release=release,
         **context,
     )
+
+
+def placeholder_id(folder: str | Path) -> str:
+    """Hub id for the card of a folder that nobody has named yet."""
+    return f"your-username/{Path(folder).resolve().name}"
+
+
+def read_license(folder: Path) -> str | None:
+    """Identifier of the licence in the metadata of a folder's own card, or `None`."""
+    try:
+        return ModelCard.load(folder / "README.md").data.get("license")
+    except (OSError, ValueError, yaml.YAMLError):  # no card, or none that the Hub could read
+        return None
+
+
+def set_model_id(card: str, model_id: str) -> str:
+    """The text of a card whose examples load the model from `model_id`; the rest stays as it is."""
+    return MODEL_ID_LINE.sub(lambda _: f'model_id = "{model_id}"', card)
 
 
 def _released(checkpoint: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Publish a folder in Hub format."""
 
 from .checkpoint import open_checkpoint
+from .model_card import set_model_id
 
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def push(
     create_pr: bool = False,
 ) -> str:
     """
-    Publish a complete folder. An interrupted upload goes on where it stopped when it is started again.
+    Publish a complete folder. An interrupted upload goes on where it stopped when it is started again. The examples in
+    the folder's card are made to load `repo_id`.
 
     Args:
         folder: in Hub format.
@@ -60,6 +62,7 @@ def push(
     check_complete(folder)
     if get_token() is None:
         raise ValueError("There is no Hub token: log in with `hf auth login`, or set HF_TOKEN.")
+    _point_card_at(Path(folder) / "README.md", repo_id)
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -69,3 +72,12 @@ def push(
     except Exception as error:  # refusals, and whatever the HTTP library raises without a network
         raise ValueError(f"Publishing to {repo_id} failed: {error}") from error
     return commit.pr_url or commit.commit_url
+
+
+def _point_card_at(file: Path, repo_id: str):
+    card = file.read_text(encoding="utf-8")
+    changed = set_model_id(card, repo_id)
+    if changed != card:
+        unfinished = file.with_name(f".{file.name}.unfinished")
+        unfinished.write_text(changed, encoding="utf-8")
+        unfinished.replace(file)

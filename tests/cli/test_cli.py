@@ -1,7 +1,14 @@
+import os
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+
 import pytest
 import torch
 from helpers import GOLDEN
 
+from neo_hf import __version__
 from neo_hf.cli import main
 from neo_hf.loading import load_model_and_processor
 
@@ -94,6 +101,46 @@ def test_raw_checkpoint_with_tokenizer(tmp_path, tokenizer):
 def test_errors(capsys, argv, code, message):
     assert run(*argv) == code
     assert message in capsys.readouterr().err
+
+
+def test_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"neo-hf {__version__}\n"
+
+
+class UnavailableHub(BaseHTTPRequestHandler):
+    """Answers as a Hub that is down, and counts what is asked about the model."""
+
+    requests = 0
+
+    def do_HEAD(self):
+        type(self).requests += "someone/neo" in self.path
+        self.send_error(503)
+
+    do_GET = do_HEAD
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("command", [["info", "someone/neo"], ["convert", "someone/neo", "out"]])
+def test_unknown_model_is_refused_without_retries(command, tmp_path):
+    UnavailableHub.requests = 0
+    with HTTPServer(("127.0.0.1", 0), UnavailableHub) as hub:
+        Thread(target=hub.serve_forever, daemon=True).start()
+        run = subprocess.run(
+            [sys.executable, "-m", "neo_hf.cli", *command],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ
+            | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"},
+            timeout=300,
+        )
+        hub.shutdown()
+    assert run.returncode == 1
+    assert "neo-hf: error: 'someone/neo' is neither a folder nor a cached model" in run.stderr
+    assert UnavailableHub.requests == 1
 
 
 def test_video(folder, capsys, clips):

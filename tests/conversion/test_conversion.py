@@ -136,6 +136,25 @@ def test_complete_repository(tmp_path, tokenizer, photographs):
     assert torch.equal(converted.generate(**inputs, max_new_tokens=4, do_sample=False), expected)
 
 
+def test_card_of_a_conversion(tmp_path):
+    """Hub id and licence as given; the licence otherwise that of the source's card."""
+    shutil.copytree(RAW, tmp_path / "raw")
+    (tmp_path / "raw" / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    convert_raw_to_hub(tmp_path / "raw", tmp_path / "kept", repo_id="someone/neo")
+    card = ModelCard.load(tmp_path / "kept" / "README.md")
+    assert 'model_id = "someone/neo"' in card.text
+    assert "# neo\n" in card.text
+    assert card.data.license == "mit"
+    hub = str(tmp_path / "hub")
+    assert run("convert", str(tmp_path / "raw"), hub, "--repo-id", "a/b", "--license", "cc-by-4.0") == 0
+    card = ModelCard.load(tmp_path / "hub" / "README.md")
+    assert 'model_id = "a/b"' in card.text
+    assert card.data.license == "cc-by-4.0"
+    with pytest.raises(ValueError, match="a/b/c"):
+        convert_raw_to_hub(tmp_path / "raw", tmp_path / "never", repo_id="a/b/c")
+    assert not (tmp_path / "never").exists()
+
+
 def test_push(tmp_path, capsys, monkeypatch, tokenizer):
     random_model(tiny_config(151_936)).save_pretrained(tmp_path / "made")
     convert_hub_to_raw(tmp_path / "made", tmp_path / "raw")
@@ -152,10 +171,16 @@ def test_push(tmp_path, capsys, monkeypatch, tokenizer):
     monkeypatch.setattr("neo_hf.publishing.get_token", lambda: None)
     assert run(*push) == 1
     assert "There is no Hub token" in capsys.readouterr().err
+    edited = (tmp_path / "hub" / "README.md").read_text() + "\nTrained on what I drew.\n"
+    (tmp_path / "hub" / "README.md").write_text(edited)
     monkeypatch.setattr("neo_hf.publishing.get_token", lambda: "hf_x")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert run(*push) == 1
     assert "Publishing to someone/neo failed" in capsys.readouterr().err
+    # The card's examples load what was pushed; the rest of the card is as its owner left it.
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert 'model_id = "your-username/hub"' in edited
+    assert card == edited.replace('model_id = "your-username/hub"', 'model_id = "someone/neo"')
 
     (tmp_path / "hub" / "processor_config.json").unlink()
     assert run(*push, "--dry-run") == 1
@@ -171,7 +196,10 @@ def run(*argv):
 def test_command_line(tmp_path, capsys, golden):
     hub, back = str(tmp_path / "hub"), str(tmp_path / "raw")
     assert run("convert", str(RAW), hub, "--dtype", "float32", "--num-pre-buffer-layers", "2", "--verify") == 0
-    assert "has no tokenizer, processor, chat template: give --tokenizer" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Verified: all tensors" in out
+    assert "has no tokenizer, processor, chat template: give --tokenizer" in out
+    assert 'model_id = "your-username/hub"' in (tmp_path / "hub" / "README.md").read_text()
     assert NeoConfig.from_pretrained(hub).text_config.num_pre_buffer_layers == 2
     check_logits(hub, golden)
     assert run("export", hub, back) == 0
@@ -180,6 +208,7 @@ def test_command_line(tmp_path, capsys, golden):
     assert "exists. Give --force" in capsys.readouterr().err
     (tmp_path / "raw" / "stale.txt").touch()
     assert run("export", hub, back, "--force") == 0
+    assert "Verified" not in capsys.readouterr().out
     assert not (tmp_path / "raw" / "stale.txt").exists()
     for script, arguments in (("convert_raw_to_hub", [str(RAW), str(tmp_path / "by script")]),):
         path = ROOT / "conversion" / f"{script}.py"

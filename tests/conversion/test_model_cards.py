@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ def test_metadata(checkpoint):
     facts = load_release()["checkpoints"][checkpoint]
     data = card.data.to_dict()
     assert data["license"] == "apache-2.0"
+    assert [set(example) for example in data["widget"]] == [{"example_title", "src", "text"}] * 2
     assert data["library_name"] == "transformers"
     assert data["pipeline_tag"] == "image-text-to-text"
     assert data["base_model"] == {"2B": "Qwen/Qwen3-1.7B-Base", "9B": "Qwen/Qwen3-8B-Base"}[facts["size"]]
@@ -137,6 +139,8 @@ def test_card_of_an_unknown_checkpoint():
     provenance = Provenance("runs/checkpoint-100", {"model.safetensors": digest, "config.json": digest[::-1]})
     card = render_model_card(config, "someone/my-neo", provenance=provenance)
     assert ModelCard(str(card)).data.to_dict() == {
+        "license": "unknown",
+        "widget": load_release()["widget"],
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": ["neo", "multimodal", "vision-language", "encoder-free"],
@@ -146,6 +150,10 @@ def test_card_of_an_unknown_checkpoint():
     assert f"Converted from `runs/checkpoint-100` by neo-hf {__version__}." in card.text
     assert f"| `config.json` | `{digest[::-1]}` |\n| `model.safetensors` | `{digest}` |" in card.text
     assert "Paranioar" not in card.text
+    assert "its training data, licence and intended use are for its authors to add" in card.text
+    licensed = render_model_card(config, "someone/my-neo", license="mit")
+    assert licensed.data.license == "mit"
+    assert "its training data and intended use are for its authors to add" in licensed.text
     for snippet in snippets(card.text):
         ast.parse(snippet)
     assert not re.search(r"\bNone\b|\n\n\n", card.text)
@@ -164,6 +172,16 @@ def test_card_of_a_converted_release():
     assert "neo-hf convert" not in card.text, "it is converted"
     assert "## Provenance" in card.text
     assert "## Provenance" not in published.text
+
+
+def test_card_says_what_it_needs():
+    """The oldest transformers, as pyproject.toml has it, and accelerate."""
+    project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]
+    (oldest,) = (re.search(r"transformers>=([\d.]+)", line) for line in project["dependencies"] if "transf" in line)
+    text = render_model_card(tiny_config(), "someone/my-neo").text
+    assert f"needs transformers {oldest[1]} or newer" in text
+    assert '`device_map="auto"`' in text
+    assert "pip install accelerate" in text
 
 
 def test_unknown_release_is_refused():
