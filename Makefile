@@ -2,7 +2,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+# One process per core, with a thread each; the tests of a file share what they load.
+PYTEST := -m pytest --numprocesses auto --dist loadfile
 FAST := -m "not slow"
+
+test test-floor test-newest: export OMP_NUM_THREADS := 1
 
 .PHONY: demo test test-floor test-newest lint bench clean
 
@@ -10,19 +14,19 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 # The fast part of the suite on the lowest versions that pyproject.toml allows, in a fresh environment.
 test-floor:
 	$(PYTHON) -m venv --clear .venv-floor
 	.venv-floor/bin/python -m pip install --quiet --constraint constraints-floor.txt --editable ".[dev]"
-	.venv-floor/bin/python -m pytest $(FAST)
+	.venv-floor/bin/python $(PYTEST) $(FAST)
 
 # The same on the newest versions that pip finds, nothing pinned. PIP_PRE=1 takes pre-releases too.
 test-newest:
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --editable ".[dev]"
-	.venv-newest/bin/python -m pytest $(FAST)
+	.venv-newest/bin/python $(PYTEST) $(FAST)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
