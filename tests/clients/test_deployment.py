@@ -1,10 +1,12 @@
 """Loading in parts and in other precisions, quantised, exported and compiled."""
 
+import copy
+
 import pytest
 import torch
 from helpers import batch, one, random_model, random_prompt, tiny_config
 from torch.nn import functional as F
-from transformers import BitsAndBytesConfig, DynamicCache, StaticCache
+from transformers import BitsAndBytesConfig, DynamicCache, GenerationConfig, StaticCache
 
 from neo_hf import NeoForConditionalGeneration
 
@@ -217,3 +219,27 @@ def test_compiled_decoding(reference, prompts):
             found.append(outputs.logits[:, -1:].argmax(-1))
     assert torch.equal(torch.cat(found, 1), expected[:, -4:])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache_implementation", [None, "static"])
+def test_export_for_generation(reference, prompts, cache_implementation):
+    """transformers' exporter takes generation apart: each of its graphs gives what the model gives."""
+    from transformers.exporters.configs import DynamoConfig
+    from transformers.exporters.exporter_dynamo import DynamoExporter
+    from transformers.exporters.utils import decompose_for_generation
+
+    settings = GenerationConfig(**GREEDY, cache_implementation=cache_implementation)
+    inputs = one(prompts[1])
+    parts = decompose_for_generation(reference, dict(inputs), settings)
+    exported = DynamoExporter().export_for_generation(
+        reference, dict(inputs), DynamoConfig(), generation_config=settings
+    )
+    assert set(exported.components) == set(parts) == {"prefill", "decode"}
+    for name, (module, arguments) in parts.items():
+        with torch.no_grad():
+            expected = module(**copy.deepcopy(arguments)).logits
+            for constant in ("use_cache", "return_dict"):
+                arguments.pop(constant, None)
+            found = exported.components[name].program.module()(**copy.deepcopy(arguments)).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
