@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import IMAGE, batch, one, random_model, random_prompt, tiny_config
+from helpers import IMAGE, IMAGE_END, IMAGE_START, batch, one, random_model, random_prompt, tiny_config
 from transformers import DynamicCache, StaticCache
 
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -257,3 +257,51 @@ def test_chunked_prefill_after_a_cache(model):
     assert torch.equal(found, expected)
     with pytest.raises(ValueError, match="prefill_chunk_size=5 would split"):
         new_tokens(model, one(whole), past_key_values=cache, prefill_chunk_size=5)
+
+
+@pytest.mark.parametrize("cuts", [[4], [3, 4], [3, 7], [1, 2, 3, 4, 7, 8]])
+def test_chunks_of_any_size_continue_with_the_correct_index(model, cuts):
+    """Also a chunk that is `<img>` alone: the indices are those of the whole."""
+    ids = torch.tensor([[1, 2, 3, IMAGE_START, IMAGE, IMAGE, IMAGE_END, 4, 5]])
+    pixels, grid = torch.randn(8, 768, generator=torch.Generator().manual_seed(4)), torch.tensor([[2, 4]])
+    with torch.no_grad():
+        whole = model(input_ids=ids, pixel_values=pixels, image_grid_hw=grid).logits
+        cache = DynamicCache(config=model.config.text_config)
+        parts = []
+        for part in ids.tensor_split(cuts, dim=1):
+            images = {"pixel_values": pixels, "image_grid_hw": grid} if IMAGE in part else {}
+            parts.append(model(input_ids=part, past_key_values=cache, **images).logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("pad", [0, IMAGE_START])
+def test_right_padding_of_any_token_is_continued(model, prompts, pad):
+    """The row ends at its last attended token, whatever stands in the padding."""
+    inputs = batch(prompts[:2], "right")
+    mask = inputs["attention_mask"]
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(mask == 0, pad)
+    more = torch.tensor([[7, 8], [9, 10]])
+    with torch.no_grad():
+        expected = []
+        for row, prompt in enumerate(prompts[:2]):
+            alone = one(prompt)
+            alone["input_ids"] = torch.cat([alone["input_ids"], more[row : row + 1]], 1)
+            alone["attention_mask"] = torch.ones_like(alone["input_ids"])
+            expected.append(model(**alone).logits[:, -2:])
+        outputs = model(**inputs, use_cache=True)
+        mask = torch.cat([mask, torch.ones_like(more)], 1)
+        found = model(input_ids=more, attention_mask=mask, past_key_values=outputs.past_key_values).logits
+    torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-4)
+
+
+def test_rows_of_padding_do_not_move(model, prompts):
+    """A chunk in which a row is padding alone leaves where that row continues."""
+    first, second, third = torch.tensor([[5, 6], [7, 8]]), torch.tensor([[9], [0]]), torch.tensor([[3, 4], [1, 2]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 1, 1]])
+    with torch.no_grad():
+        expected = [model(input_ids=torch.tensor([ids])).logits[:, -2:] for ids in ([5, 6, 9, 3, 4], [7, 8, 1, 2])]
+        cache = DynamicCache(config=model.config.text_config)
+        model(input_ids=first, attention_mask=mask[:, :2], past_key_values=cache)
+        model(input_ids=second, attention_mask=mask[:, :3], past_key_values=cache)
+        found = model(input_ids=third, attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-4)
