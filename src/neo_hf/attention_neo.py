@@ -74,11 +74,10 @@ def plan_attention(
 
     mask = attention_mask
     if mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2):
-        if length > 1:
+        if length == 1:
+            mask = mask_of_one_query(mask, cache, inputs_embeds.device)
+        else:
             mask = find_key_runs(position_ids, mask, document_ids, cache)
-        elif mask is not None or getattr(cache, "is_compileable", False):
-            mask = find_key_runs(position_ids, mask, document_ids, cache).dense()
-        # else: a single query sees all keys
 
     if isinstance(mask, KeyRuns):
         if implementation == "flex_attention" and _can_compile(inputs_embeds.device):
@@ -230,6 +229,40 @@ class KeyRuns:
         )
 
 
+def mask_of_one_query(
+    attention_mask: torch.Tensor | None, cache: Cache | None, device: torch.device
+) -> torch.Tensor | None:
+    """
+    The mask (B or 1, 1, 1, S) of a single new token per row, boolean, True where seen: what is attended of the cached
+    keys and its own. `None` where that is all keys.
+
+    Args:
+        attention_mask: (B, S), 0 on padding.
+        cache: the cache before the new token enters it.
+
+    Raises:
+        ValueError: `attention_mask` does not cover the cached and the new tokens.
+    """
+    attended = None if attention_mask is None else attention_mask != 0
+    if not getattr(cache, "is_compileable", False):
+        _check_length(attention_mask, 0 if cache is None else cache.get_seq_length(), 1)
+        return None if attended is None else attended[:, None, None]
+    # The place of the query is a tensor, and keys have room to spare behind it.
+    num_keys, _ = cache.get_mask_sizes(1, 0)  # type: ignore[union-attr]
+    seen = torch.arange(num_keys, device=device) <= torch.as_tensor(cache.get_query_offset(0), device=device)  # type: ignore[union-attr]
+    if attended is not None:
+        seen = seen & F.pad(attended, (0, num_keys - attended.shape[1]))
+    return seen.view(-1, 1, 1, num_keys)
+
+
+def _check_length(attention_mask: torch.Tensor | None, num_cached: int, num_new: int):
+    if attention_mask is not None and attention_mask.shape[1] != num_cached + num_new:
+        raise ValueError(
+            f"attention_mask must cover {num_cached} cached and {num_new} new tokens, got "
+            f"{tuple(attention_mask.shape)}."
+        )
+
+
 def find_key_runs(
     position_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
@@ -249,7 +282,7 @@ def find_key_runs(
         ValueError: `attention_mask` does not cover the cached and the new tokens.
     """
     temporal = position_ids[0]
-    rows, length = temporal.shape
+    length = temporal.shape[1]
     offset: int | torch.Tensor = 0
     num_keys = length
     if cache is not None:
@@ -260,11 +293,8 @@ def find_key_runs(
 
     attended = is_padding = None
     if attention_mask is not None:
-        if isinstance(offset, int) and attention_mask.shape != (rows, offset + length):
-            raise ValueError(
-                f"attention_mask must cover {offset} cached and {length} new tokens of {rows} rows, got "
-                f"{tuple(attention_mask.shape)}."
-            )
+        if isinstance(offset, int):
+            _check_length(attention_mask, offset, length)
         attended = F.pad(attention_mask != 0, (0, num_keys - attention_mask.shape[1]))
         is_padding = ~attended[:, places]
         if document_ids is not None:  # padding becomes a document of its own
@@ -283,7 +313,7 @@ def find_key_runs(
         if document_ids is None:
             first = attended.int().argmax(-1, keepdim=True).expand_as(last)
         first, last = first.masked_fill(is_padding, num_keys), last.masked_fill(is_padding, 0)
-    if is_tracing(temporal) or length == 1:
+    if is_tracing(temporal):
         return KeyRuns(first, last, num_keys, attended)
 
     # Everything that depends on values takes a single read from the device.

@@ -4,7 +4,7 @@
 them. Nothing about a sequence is kept on the model.
 """
 
-from .attention_neo import find_key_runs
+from .attention_neo import mask_of_one_query
 from .cache_neo import CACHE_NAME, NeoCache
 from .configuration_neo import NeoConfig  # noqa: F401  (imported first: it refuses an unsupported transformers)
 from .indexing_neo import spatial_index, temporal_index, without_time
@@ -71,8 +71,7 @@ class NeoGenerationMixin(GenerationMixin):
         """The 4-D mask of a step with a static cache, made outside of the compiled forward."""
         if inputs_embeds.shape[1] > 1:
             return attention_mask  # a prefill is not compiled: forward() makes the mask
-        place = torch.zeros((3, *inputs_embeds.shape[:2]), dtype=torch.long, device=inputs_embeds.device)
-        return find_key_runs(place, attention_mask, cache=kwargs[CACHE_NAME]).dense()
+        return mask_of_one_query(attention_mask, kwargs[CACHE_NAME], inputs_embeds.device)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         is_given = model_kwargs.get(CACHE_NAME) is not None
