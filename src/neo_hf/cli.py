@@ -10,7 +10,7 @@ from .modeling_neo import NeoForConditionalGeneration
 from .processing_neo import NeoProcessor, format_timestamp
 from .streaming import NeoStream
 from .streaming import watch as watch_video
-from .video_processing_neo import open_video
+from .video_reading_neo import open_video
 
 import sys
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What `generate()` needs to know of NEO, and the `chat()` of the released checkpoints.
+"""What `generate()` needs to know of NEO.
 
 `generate()` carries T, H and W indices (3, B, L) along and adds 1 to all of them per new token; the mask is read off
 them. Nothing about a sequence is kept on the model.
@@ -10,15 +10,11 @@ from .configuration_neo import NeoConfig  # noqa: F401  (imported first: it refu
 from .indexing_neo import spatial_index, temporal_index, without_time
 
 import copy
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class NeoGenerationMixin(GenerationMixin):
@@ -52,7 +48,10 @@ class NeoGenerationMixin(GenerationMixin):
         hw = spatial_index(is_image, grid_hw, self.config.vision_config.spatial_merge_size)
         return torch.cat([t[None], hw])
 
-    def prepare_inputs_for_generation(self, input_ids, *, inputs_embeds=None, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, *, inputs_embeds=None, is_first_iteration=False, mm_token_type_ids=None, **kwargs
+    ):
+        # mm_token_type_ids: what processors return for other models; NEO tells visual tokens by their ids.
         position_ids = kwargs.get("position_ids")
         if position_ids is not None and not (is_first_iteration and inputs_embeds is not None):
             # Each step adds 1 to all three indices, but what is not a visual token has no place in an image.
@@ -117,72 +116,6 @@ class NeoGenerationMixin(GenerationMixin):
         return super()._prefill(
             input_ids[:, start:] if offset else input_ids, generation_config, model_kwargs, is_first_iteration
         )
-
-    @torch.no_grad()
-    def chat(
-        self,
-        tokenizer: "PreTrainedTokenizerBase",
-        pixel_values: torch.Tensor | None = None,
-        question: str = "",
-        generation_config: dict[str, Any] | None = None,
-        history: list[tuple[str, str]] | None = None,
-        return_history: bool = False,
-        grid_hw: torch.Tensor | None = None,
-        verbose: bool = False,
-    ) -> str | tuple[str, list[tuple[str, str]]]:
-        """
-        One turn of a conversation, with the call of the released checkpoints. `apply_chat_template` and `generate`
-        do the same for batches, streams and videos.
-
-        Args:
-            tokenizer: one with NEO's special tokens.
-            pixel_values: (P, channels * patch_size * patch_size) patches of all images of the conversation.
-            question: the user's words; each `<image>` in them and in `history` is an image. With images, without
-                history and without a placeholder, `<image>\\n` is put in front.
-            generation_config: arguments of `generate()`.
-            history: (question, answer) pairs so far; not changed.
-            return_history: whether to return the history with this turn added as well.
-            grid_hw: (N, 2) (rows, columns) of each image in patches.
-            verbose: print question and answer.
-
-        Returns:
-            The answer, or the answer and the new history.
-
-        Raises:
-            ValueError: placeholders and images differ in number.
-        """
-        if history is None and pixel_values is not None and "<image>" not in question:
-            question = f"<image>\n{question}"
-        turns = list(history or [])
-        prompt = f"<|im_start|>system\n{self.system_message}<|im_end|>\n" if self.system_message else ""
-        for asked, answered in turns:
-            prompt += f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n{answered}<|im_end|>\n"
-        prompt += f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-
-        kwargs = dict(generation_config or {})
-        if pixel_values is not None:
-            if grid_hw is None:
-                raise ValueError("pixel_values need grid_hw, (rows, columns) of each image in patches.")
-            sizes = grid_hw.prod(-1) // self.config.vision_config.spatial_merge_size**2
-            head, *tails = prompt.split("<image>")
-            if len(tails) != len(sizes):
-                raise ValueError(f"The prompt has {len(tails)} <image> placeholders, but grid_hw {len(sizes)} images.")
-            images = [f"<img>{'<IMG_CONTEXT>' * size}</img>" for size in sizes.tolist()]
-            prompt = head + "".join(image + tail for image, tail in zip(images, tails, strict=True))
-            kwargs["pixel_values"] = pixel_values.to(self.device)
-            kwargs["image_grid_hw"] = grid_hw.to(self.device)
-
-        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        kwargs["eos_token_id"] = end
-        kwargs.setdefault("pad_token_id", end)
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(self.device)
-        output = self.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **kwargs)
-        ids = output[0, inputs["input_ids"].shape[1] :].tolist()
-        ids = ids[: ids.index(end)] if end in ids else ids
-        answer = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        if verbose:
-            print(f"{question}\n{answer}")
-        return (answer, [*turns, (question, answer)]) if return_history else answer
 
 
 def _covers(grid_hw: torch.Tensor | None, is_image: torch.Tensor, merge_size: int) -> bool:

@@ -1,4 +1,4 @@
-"""Images to normalised patches, exactly as the released checkpoints were trained on: Pillow, no torchvision."""
+"""Images to normalised patches, bit for bit as in training of the released checkpoints. Pillow, no torchvision."""
 
 from .configuration_neo import NeoConfig  # noqa: F401  (imported first: it refuses an unsupported transformers)
 
@@ -7,7 +7,6 @@ import io
 import math
 import os
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,14 +31,14 @@ MAX_ASPECT_RATIO = 200
 class NeoImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
     min_pixels, max_pixels (`int`, *optional*, defaults to 65536 and 4194304):
-        Pixel budget of an image. Rounding can leave it slightly.
+        Pixel budget of an image. Rounding may exceed it slightly.
     patch_size (`int`, *optional*, defaults to 16):
         Side of a patch in pixels.
     spatial_merge_size (`int`, *optional*, defaults to 2):
-        A visual token folds `spatial_merge_size` x `spatial_merge_size` patches.
+        A visual token covers `spatial_merge_size` x `spatial_merge_size` patches.
     share_pixel_budget (`bool`, *optional*, defaults to `False`):
-        The rule of training for samples of n > 1 images: each gets `max(2 * max_pixels // n, min_pixels)` at most. A
-        sample is an inner list of images, or all of them where they are not nested.
+        Limit each of n > 1 images of a sample to `max(2 * max_pixels // n, min_pixels)`, as in training. A sample is
+        an inner list of images, or all images if the list is flat.
     """
 
     min_pixels: int
@@ -51,26 +50,26 @@ class NeoImageProcessorKwargs(ImagesKwargs, total=False):
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """
-    The size to which an image is resized: sides are multiples of `factor`, close to the image's own, and their
-    product is close to the budget where the image lies outside of it.
+    Compute the size to which an image is resized: sides are rounded to multiples of `factor`, and scaled together if
+    their product is outside the pixel budget.
 
     Args:
-        height, width: of the image, in pixels.
+        height, width: size of the image in pixels.
         factor: side of a visual token in pixels.
-        min_pixels, max_pixels: the budget.
+        min_pixels, max_pixels: pixel budget.
 
     Returns:
         Height and width in pixels.
 
     Raises:
-        ValueError: a side is 0, or the sides differ by more than a factor of 200.
+        ValueError: if a side is 0 or the aspect ratio exceeds 200.
     """
     if min(height, width) < 1:
         raise ValueError(f"An image must have at least 1x1 pixels (height x width), got {height}x{width}.")
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         raise ValueError(
-            f"The sides of an image may differ by a factor of {MAX_ASPECT_RATIO} at most, got {height}x{width} "
-            "pixels (height x width)."
+            f"The sides of an image may differ by a factor of {MAX_ASPECT_RATIO} at most, got {height}x{width} pixels "
+            "(height x width)."
         )
     new_height = max(factor, round(height / factor) * factor)
     new_width = max(factor, round(width / factor) * factor)
@@ -85,40 +84,49 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return new_height, new_width
 
 
+def fetch(source: str | os.PathLike) -> str | io.BytesIO:
+    """Download an http(s) URL or decode a `data:` URI into memory; any other source is a path and returned as is."""
+    source = os.fspath(source)
+    if source.startswith(("http://", "https://")):
+        response = get_session().get(source, follow_redirects=True, timeout=60)
+        response.raise_for_status()
+        return io.BytesIO(response.content)
+    if source.startswith("data:"):
+        return io.BytesIO(base64.b64decode(source.partition(",")[2]))
+    return source
+
+
+def describe_source(source: str | os.PathLike | bytes) -> str:
+    """A short name of a source for error messages."""
+    name = f"{len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
+    return name if len(name) <= 200 else name[:100] + "..."
+
+
 def load_image(source: str | os.PathLike | bytes) -> Image.Image:
     """
-    Read an image from a path, an http(s) URL, a `data:` URI, a base64 string or bytes, upright (EXIF). Keeps its
-    mode, as what happens to transparency is decided later.
+    Read an image from a path, an http(s) URL, a `data:` URI, a base64 string or bytes. Applies the EXIF orientation
+    and keeps the mode, since transparency is handled later.
 
     Raises:
-        ValueError: it cannot be read as an image; names the source and the reason.
+        ValueError: if it cannot be read as an image; names the source and the reason.
     """
-    name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
-    name = name if len(name) <= 200 else name[:100] + "..."
     try:
-        if isinstance(source, bytes):
-            file: Any = io.BytesIO(source)
-        elif str(source).startswith(("http://", "https://")):
-            response = get_session().get(str(source), follow_redirects=True, timeout=60)
-            response.raise_for_status()
-            file = io.BytesIO(response.content)
-        elif str(source).startswith("data:"):
-            file = io.BytesIO(base64.b64decode(str(source).partition(",")[2]))
-        elif os.path.exists(source) or len(str(source)) < 200:  # no image fits into so short a base64 string
-            file = source
-        else:
-            file = io.BytesIO(base64.b64decode(str(source)))
+        file = io.BytesIO(source) if isinstance(source, bytes) else fetch(source)
+        if isinstance(file, str) and len(file) >= 200 and not os.path.exists(file):  # no image has a shorter base64
+            file = io.BytesIO(base64.b64decode(file))
         with Image.open(file) as image:
             image.load()
             return ImageOps.exif_transpose(image)
-    except Exception as error:  # Pillow's decoders raise errors of every kind
-        raise ValueError(f"Cannot read the image {name}: {type(error).__name__}: {error}") from error
+    except Exception as error:  # Pillow's decoders raise errors of all types
+        raise ValueError(
+            f"Cannot read the image {describe_source(source)}: {type(error).__name__}: {error}"
+        ) from error
 
 
 class NeoImageProcessor(PilBackend):
     """
-    Turns images into `pixel_values` (P, 3 * patch_size^2), float32 patches of all images one after another,
-    channel-major inside, row-major over each image, and `image_grid_hw` (N, 2), (rows, columns) in patches.
+    Turns N images into `pixel_values` (P, 3 * patch_size^2), the concatenated float32 patches of all images (row-major
+    per image, channel-major within a patch), and `image_grid_hw` (N, 2), int64 (rows, columns) in patches.
     """
 
     do_convert_rgb = True
@@ -157,7 +165,7 @@ class NeoImageProcessor(PilBackend):
         input_data_format: str | ChannelDimension | None = None,
         **kwargs,
     ) -> np.ndarray:
-        """An image (Pillow, numpy or torch) as an array (channels, height, width)."""
+        """Convert an image (Pillow, numpy or torch) to an array (channels, height, width)."""
         if isinstance(image, Image.Image):
             image = self.convert_to_rgb(image) if do_convert_rgb else np.array(image)
             input_data_format = ChannelDimension.LAST
@@ -175,11 +183,11 @@ class NeoImageProcessor(PilBackend):
 
     def convert_to_rgb(self, image, input_data_format: str | ChannelDimension | None = None) -> np.ndarray:
         """
-        An RGBA image of which some pixels, but not all, are fully transparent is laid on white. All else is a plain
-        conversion, which forgets transparency: so the models were trained.
+        Convert to RGB as in training: an RGBA image with some but not all pixels fully transparent is composited on
+        white, and in any other image the alpha channel is dropped.
 
         Returns:
-            (height, width, 3), or an array as it was where it has no transparency.
+            (height, width, 3) for a Pillow image; an array keeps its layout.
         """
         if isinstance(image, np.ndarray):
             layout = input_data_format or infer_channel_dimension_format(image, num_channels=(1, 3, 4))
@@ -207,14 +215,14 @@ class NeoImageProcessor(PilBackend):
             raise ValueError(
                 f"The size of an image follows from min_pixels and max_pixels, got size={kwargs['size']}."
             )
-        # The size follows from the budget and each image: there is no `size` to be checked.
+        # With do_resize, the base class would require `size`.
         super()._validate_preprocess_kwargs(**{**kwargs, "do_resize": False})
 
     def _preprocess_image_like_inputs(self, images: ImageInput, **kwargs) -> BatchFeature:
         min_pixels, max_pixels = kwargs["min_pixels"], kwargs.pop("max_pixels")
         prepared = self._prepare_image_like_inputs(images, **kwargs)
         if not prepared:
-            raise ValueError("There must be at least one image, got none.")
+            raise ValueError("Expected at least one image, got none.")
         budgets = [max_pixels] * len(prepared)
         if kwargs.pop("share_pixel_budget"):
             nested = isinstance(images, (list, tuple)) and all(isinstance(sample, (list, tuple)) for sample in images)
@@ -253,7 +261,7 @@ class NeoImageProcessor(PilBackend):
                 )
             image = image.astype(np.float32)
             if do_rescale:
-                image = image / np.float32(1 / rescale_factor)  # to the bit what division by 255 gives
+                image = image / np.float32(1 / rescale_factor)  # bit-exact division by 255
             if do_normalize:
                 mean, std = (np.array(x, dtype=np.float32).reshape(-1, 1, 1) for x in (image_mean, image_std))
                 image = (image - mean) / std
@@ -265,7 +273,7 @@ class NeoImageProcessor(PilBackend):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """Patches of an image of `height` x `width` pixels; `images_kwargs` may change its pixel budget."""
+        """Number of patches of an image of `height` x `width` pixels; `images_kwargs` override settings."""
         settings = {
             name: getattr(self, name) for name in ("patch_size", "spatial_merge_size", "min_pixels", "max_pixels")
         }
@@ -276,7 +284,7 @@ class NeoImageProcessor(PilBackend):
 
 
 def shared_budget(max_pixels: int, min_pixels: int, count: int) -> int:
-    """What each of `count` images of a sample may have of a pixel budget in training."""
+    """`max_pixels` of each of `count` images in a training sample."""
     return max(2 * max_pixels // count, min_pixels) if count > 1 else max_pixels
 
 

@@ -17,6 +17,7 @@ K key/value heads, d head_dim; P patches and V visual tokens of N images.
 
 from .attention_neo import plan_attention
 from .cache_neo import CACHE_NAME, NeoCache
+from .chat_neo import NeoChatMixin
 from .configuration_neo import NeoConfig, NeoTextConfig
 from .generation_neo import NeoGenerationMixin
 from .indexing_neo import allocate_position_ids, without_time
@@ -473,7 +474,7 @@ def check_token_ids(input_ids: torch.Tensor, vocab_size: int):
         )
 
 
-class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
+class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin, NeoChatMixin):
     """NEO with its output head: reads text and images, writes text."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -484,8 +485,6 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin):
         self.model = NeoModel(config)
         self.lm_head = NeoOutputHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.loss_function = weighted_cross_entropy
-        self.template = "neo1_0"
-        self.system_message = ""
         self.post_init()
 
     @classmethod

@@ -1,6 +1,6 @@
-"""Prompts with images and videos: chat template, placeholders, tokens and patches in one call."""
+"""Prompts with images and videos to model inputs: placeholders, token ids and patches."""
 
-from .configuration_neo import NeoConfig  # noqa: F401  (imported first: it refuses an unsupported transformers)
+from .chat_template_neo import CHAT_TEMPLATE
 from .image_processing_neo import shared_budget
 from .indexing_neo import allocate_position_ids
 from .video_processing_neo import NeoVideoProcessor, NeoVideoProcessorKwargs, flatten_videos, is_video, video_duration
@@ -12,50 +12,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import make_flat_list_of_images
+from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 from transformers.video_processing_utils import VideoProcessorMixin
-from transformers.video_utils import VideoMetadata
-
-# ChatML. An image is `<image>` on a line of its own, a video `<video>`; an empty system text gives no system block.
-# The generation markers enclose what is learnt: the assistant's words with the end of turn.
-CHAT_TEMPLATE = """\
-{%- macro render(content) -%}
-{%- if content is string -%}
-{{- content -}}
-{%- else -%}
-{%- for part in content or [] -%}
-{%- if part.type == 'text' -%}
-{{- part.text or '' -}}
-{%- elif part.type in ['image', 'image_url'] -%}
-{{- '<image>\\n' -}}
-{%- elif part.type == 'video' -%}
-{{- '<video>\\n' -}}
-{%- else -%}
-{{- raise_exception("A message part must be of type 'text', 'image' or 'video', got " ~ part.type) -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{%- if tools -%}
-{{- raise_exception("NEO was not trained to call tools: give no tools.") -}}
-{%- endif -%}
-{%- for message in messages -%}
-{%- set text = render(message.content) -%}
-{%- if message.role == 'assistant' -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- generation -%}
-{{- text + '<|im_end|>\\n' -}}
-{%- endgeneration -%}
-{%- elif message.role != 'system' or text -%}
-{{- '<|im_start|>' + message.role + '\\n' + text + '<|im_end|>\\n' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
-
+from transformers.video_utils import VideoInput, VideoMetadata
 
 VIDEO_STYLES = ("timestamps", "bare", "spatial_timestamps", "spatial")
 
@@ -63,9 +24,9 @@ VIDEO_STYLES = ("timestamps", "bare", "spatial_timestamps", "spatial")
 class NeoVideosKwargs(NeoVideoProcessorKwargs, total=False):
     r"""
     video_style (`str`, *optional*, defaults to `"timestamps"`):
-        How a video is written: "timestamps", as NEO-ov's video training and evaluation did; "bare", frames alone;
-        "spatial_timestamps" and "spatial", as the spatial evaluation did, with times and without. Where times are
-        unknown, "timestamps" gives "bare" and "spatial_timestamps" gives "spatial".
+        How a video is written in the prompt: "timestamps", as in NEO-ov's video training and evaluation; "bare",
+        frames only; "spatial_timestamps" and "spatial", as in the spatial evaluation, with and without times. If the
+        frame rate is unknown, "timestamps" falls back to "bare" and "spatial_timestamps" to "spatial".
     """
 
     video_style: str
@@ -78,15 +39,15 @@ class NeoProcessorKwargs(ProcessingKwargs, total=False):
 
 class NeoProcessor(ProcessorMixin):
     """
-    Image processor, video processor, tokenizer and chat template of NEO.
+    Combines NEO's image processor, video processor, tokenizer and chat template.
 
-    Each `<image>` in a text stands for an image and becomes `<img>`, one `<IMG_CONTEXT>` per visual token, `</img>`.
-    Each `<video>` becomes its sampled frames, images like any other, with their times (see `serialize_video`).
-    Returns `input_ids` and `attention_mask` (B, L), and with images or videos `pixel_values`
-    (P, 3 * patch_size^2) and `image_grid_hw` (N, 2) in patches: images and frames as one stream, in prompt order,
-    row after row of the batch. Pixel budgets can be set per call (`min_pixels`, `max_pixels`, `share_pixel_budget`),
-    those of images and frames apart as `images_kwargs` and `videos_kwargs`; so can the sampling of frames
-    (`num_frames`, `fps`, ..., see `NeoVideoProcessorKwargs`).
+    Each `<image>` in a text stands for an image and becomes `<img>`, an `<IMG_CONTEXT>` per visual token and `</img>`.
+    Each `<video>` becomes its sampled frames, written as images with their timestamps (see `serialize_video`).
+
+    Returns `input_ids` and `attention_mask` (B, L), and with images or videos `pixel_values` (P, 3 * patch_size^2) and
+    `image_grid_hw` (N, 2) in patches: all images and frames of the batch in prompt order. Pixel budgets
+    (`min_pixels`, `max_pixels`, `share_pixel_budget`) and frame sampling (`num_frames`, `fps`, ..., see
+    `NeoVideoProcessorKwargs`) can be set per call; `images_kwargs` and `videos_kwargs` set them separately.
     """
 
     valid_processor_kwargs: Any = NeoProcessorKwargs
@@ -106,7 +67,7 @@ class NeoProcessor(ProcessorMixin):
         super().__init__(
             image_processor, tokenizer, video_processor, chat_template=chat_template or CHAT_TEMPLATE, **kwargs
         )
-        self.auto_map = {"AutoProcessor": "processing_neo.NeoProcessor"}  # as saving sets it, but loading does not
+        self.auto_map = {"AutoProcessor": "processing_neo.NeoProcessor"}  # set by saving, but not by loading
         self.image_token_id = self._token_id(self.image_context_token)
         self.image_start_token_id = self._token_id(self.image_start_token)
         self.image_end_token_id = self._token_id(self.image_end_token)
@@ -114,7 +75,7 @@ class NeoProcessor(ProcessorMixin):
     def check_argument_for_proper_class(self, argument_name, argument):
         if argument_name != "video_processor":
             return super().check_argument_for_proper_class(argument_name, argument)
-        # transformers knows the base class of video processors only where torchvision is installed.
+        # transformers exports the base class of video processors only if torchvision is installed.
         if not isinstance(argument, VideoProcessorMixin):
             raise TypeError(f"video_processor must be a video processor, got a {type(argument).__name__}.")
         return VideoProcessorMixin
@@ -127,39 +88,44 @@ class NeoProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images=None,
-        text=None,
-        videos=None,
-        audio=None,
+        images: ImageInput | None = None,
+        text: TextInput | PreTokenizedInput | list[TextInput] | list[PreTokenizedInput] | None = None,
+        videos: VideoInput | None = None,
+        audio: None = None,
         return_position_ids: bool | None = None,
         return_image_grid_thw: bool | None = None,
         **kwargs: Unpack[NeoProcessorKwargs],
     ) -> BatchFeature:
         """
         Args:
-            images: images (Pillow, numpy, torch, path, URL, base64) in prompt order: one, some, or a list per text.
-            text: a prompt or a list of prompts with `<image>` where an image and `<video>` where a video stands.
-            videos: videos (see `NeoVideoProcessor`) in prompt order: one, some, or a list per text.
-            return_position_ids: whether to return the T, H and W indices as `position_ids` (3, B, L); needs
-                `return_tensors="pt"`. Defaults to the processor's own setting (off), as does the next one.
-            return_image_grid_thw: whether to return grids as `image_grid_thw` (N, 3), (1, rows, columns), in place of
-                `image_grid_hw`, as clients want them that cut `pixel_values` by grids themselves (TRL's GRPO).
+            images: images (Pillow, numpy, torch, path, URL, base64) in prompt order: one, a list, or a list per text.
+            text: a prompt or a list of prompts with `<image>` and `<video>` placeholders.
+            videos: videos (see `NeoVideoProcessor`) in prompt order: one, a list, or a list per text.
+            audio: not supported; ignored.
+            return_position_ids: whether to return the T, H and W indices as `position_ids` (3, B, L); requires
+                `return_tensors="pt"`. Defaults to the attribute of the same name (`False`).
+            return_image_grid_thw: whether to return `image_grid_thw` (N, 3), (1, rows, columns), instead of
+                `image_grid_hw`, for clients that split `pixel_values` by grid themselves (TRL's GRPO). Defaults to the
+                attribute of the same name (`False`).
+            kwargs: settings of tokenizer, image processor and video processor. With `return_mm_token_type_ids`,
+                `mm_token_type_ids` (B, L) is 1 at visual tokens of images, 2 at those of videos and 0 elsewhere.
 
         Raises:
-            ValueError: placeholders and images or videos differ in number, truncation cut through an image, or a
-                image or video cannot be read or has an impossible size.
+            ValueError: if the numbers of placeholders and images or videos differ, truncation would cut through an
+                image, or an image or video cannot be read or has an impossible size.
         """
-        offsets_asked = kwargs.get("return_text_replacement_offsets")
+        return_offsets = kwargs.get("return_text_replacement_offsets")
         if videos is not None and text is not None:
             kwargs["return_text_replacement_offsets"] = True  # they tell the order of images and videos
         inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
-        offsets = (
-            inputs.get("text_replacement_offsets") if offsets_asked else inputs.pop("text_replacement_offsets", None)
-        )
-        self._join_streams(inputs, offsets)
+        offsets = (inputs.get if return_offsets else inputs.pop)("text_replacement_offsets", None)
+        if "video_frames" in inputs:
+            self._merge_videos(inputs, offsets)
+            if "mm_token_type_ids" in inputs:
+                self._mark_videos(inputs["mm_token_type_ids"], offsets)
         if self.return_position_ids if return_position_ids is None else return_position_ids:
             if not isinstance(inputs.get("input_ids"), torch.Tensor):
-                raise ValueError('return_position_ids needs text and return_tensors="pt".')
+                raise ValueError('return_position_ids requires text and return_tensors="pt".')
             inputs["position_ids"] = allocate_position_ids(
                 inputs["input_ids"],
                 inputs.get("image_grid_hw"),
@@ -176,34 +142,39 @@ class NeoProcessor(ProcessorMixin):
         return inputs
 
     def apply_chat_template(self, conversation, *args, load_audio_from_video: bool = False, **kwargs):
-        """
-        As the base class. Servers ask for the sound of videos with `load_audio_from_video`, which has no effect: NEO
-        hears nothing.
-        """
+        """As in the base class. `load_audio_from_video`, which servers set, is ignored: NEO has no audio input."""
         return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def _join_streams(self, inputs: BatchFeature, offsets: list[list[dict]] | None):
-        """Put the patches of images and of videos in the order of their placeholders, in place."""
-        frames = {name: inputs.pop(f"video_{name}", None) for name in ("pixel_values", "image_grid_hw", "frames")}
-        if frames["frames"] is None:
-            return
-        grids, pixels = list(frames["image_grid_hw"]), frames["pixel_values"]
-        videos = _split(pixels, grids, [int(count) for count in frames["frames"]])
-        images: list = []
+    def _merge_videos(self, inputs: BatchFeature, offsets: list[list[dict]] | None):
+        """Merge patches and grids of images and videos in prompt order, in place."""
+        units: dict[str, list] = {"image": [], "video": []}
         if "pixel_values" in inputs:
-            image_grids = list(inputs["image_grid_hw"])
-            images = _split(inputs["pixel_values"], image_grids, [1] * len(image_grids))
-        units = images + videos
+            grids = inputs["image_grid_hw"]
+            units["image"] = _split(inputs["pixel_values"], grids, [1] * len(grids))
+        frames = [int(count) for count in inputs.pop("video_frames")]
+        pixels, grids = inputs.pop("video_pixel_values"), inputs.pop("video_image_grid_hw")
+        units["video"] = _split(pixels, grids, frames)
+        ordered = units["image"] + units["video"]
         if offsets is not None:
-            iterators = {"image": iter(images), "video": iter(videos)}
-            units = [next(iterators[replaced["type"]]) for row in offsets for replaced in row]
-        stack, join = (torch.stack, torch.cat) if isinstance(pixels, torch.Tensor) else (np.stack, np.concatenate)
-        inputs["pixel_values"] = join([unit for unit, _ in units])
-        inputs["image_grid_hw"] = stack([grid for _, unit_grids in units for grid in unit_grids])
+            iterators = {kind: iter(units[kind]) for kind in units}
+            ordered = [next(iterators[replaced["type"]]) for row in offsets for replaced in row]
+        join: Any = torch.cat if isinstance(pixels, torch.Tensor) else np.concatenate
+        inputs["pixel_values"], inputs["image_grid_hw"] = map(join, zip(*ordered, strict=True))
+
+    def _mark_videos(self, token_types, offsets: list[list[dict]]):
+        """Change the type of visual tokens of videos from 1 to 2, in place."""
+        for types, row in zip(token_types, offsets, strict=True):
+            visual = [place for place, kind in enumerate(types) if kind]
+            end = 0
+            for replaced in row:
+                start, end = end, end + replaced["replacement"].count(self.image_context_token)
+                if replaced["type"] == "video":
+                    for place in visual[start:end]:
+                        types[place] = 2
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         images, text, videos, audio = super().prepare_inputs_layout(images, text, videos, audio, **kwargs)
-        # A list per prompt, so that counts are compared and budgets shared prompt by prompt.
+        # One list per prompt, so that counts are compared and pixel budgets shared within a prompt.
         if images is not None and not _is_nested(images):
             flat = list(make_flat_list_of_images(images)) if not isinstance(images, list) or images else []
             images = self._per_prompt(flat, text, self.image_token)
@@ -249,7 +220,7 @@ class NeoProcessor(ProcessorMixin):
             frames = [self.replace_image_token(features, first + i, **kwargs) for i in range(len(tails))]
             texts.append(head + "".join(frame + tail for frame, tail in zip(frames, tails, strict=True)))
             first += len(tails)
-        # Under names of their own, as images have theirs already; joined at the end.
+        # Under other names than those of images, with which `_merge_videos` merges them.
         data = {f"video_{name}": features[name] for name in ("pixel_values", "image_grid_hw")}
         data["video_frames"] = [len(metadata.frames_indices) for metadata in features["video_metadata"]]
         return data | {"video_metadata": features["video_metadata"]}, texts
@@ -267,26 +238,22 @@ class NeoProcessor(ProcessorMixin):
         if any(expected) and found != expected:
             raise ValueError(
                 f"Truncation cut through an image: the prompts hold {expected} image tokens, of which {found} are "
-                "left. Raise max_length or turn truncation off."
+                "left. Increase max_length or disable truncation."
             )
-
-    @property
-    def model_input_names(self) -> list[str]:
-        return list(dict.fromkeys(super().model_input_names))  # images and videos share theirs
 
     def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
         """
-        Visual tokens and patches of images and videos of the given sizes.
+        Count the visual tokens and patches of images and videos.
 
         Args:
-            image_sizes: (height, width) in pixels of each image.
+            image_sizes: (height, width) of each image in pixels.
             video_sizes: (sampled frames, height, width) of each video.
-            kwargs: budgets, as in a call.
+            kwargs: settings, as in a call.
         """
-        apart = {name: kwargs.pop(name, None) or {} for name in ("images_kwargs", "videos_kwargs")}
+        separate = {name: kwargs.pop(name, None) or {} for name in ("images_kwargs", "videos_kwargs")}
         counts = {}
         if image_sizes is not None:
-            settings = kwargs | apart["images_kwargs"]
+            settings = kwargs | separate["images_kwargs"]
             merge_size = settings.get("spatial_merge_size", self.image_processor.spatial_merge_size)
             if settings.get("share_pixel_budget", self.image_processor.share_pixel_budget):
                 max_pixels = settings.get("max_pixels", self.image_processor.max_pixels)
@@ -296,7 +263,7 @@ class NeoProcessor(ProcessorMixin):
             counts["num_image_patches"] = patches
             counts["num_image_tokens"] = [count // merge_size**2 for count in patches]
         if video_sizes is not None:
-            settings = kwargs | apart["videos_kwargs"]
+            settings = kwargs | separate["videos_kwargs"]
             merge_size = settings.get("spatial_merge_size", self.video_processor.spatial_merge_size)
             patches = [self.video_processor.get_num_of_video_patches(*size, settings) for size in video_sizes]
             counts["num_video_tokens"] = [count // merge_size**2 for count in patches]
@@ -310,21 +277,22 @@ def serialize_video(
     end: int | float | None = None,
 ) -> str:
     """
-    How a video is written, with `<image>` for each of its frames (NEO-ov paper, section 3.2).
+    Write a video as text, with `<image>` for each of its frames (NEO-ov paper, section 3.2).
 
     Args:
-        metadata: of the video; `frames_indices` are the frames. A frame's time is its index over `fps`.
+        metadata: metadata of the video. `frames_indices` are the sampled frames; the time of a frame is its index
+            divided by `fps`.
         style: see `NeoVideosKwargs`.
-        start, end: the window that was sampled, in seconds; all of the video where not given.
+        start, end: sampled window in seconds; by default the whole video.
 
     Returns:
-        For the four styles:
+        Depending on `style`:
         "timestamps": `The time range of this video is [00:00-MM:SS], and the following is a series of N frames sampled
         at F FPS.\\n`, then `[MM:SS.ss]:<image>\\n` per frame;
         "bare": `<image>\\n` per frame;
         "spatial_timestamps": the same first line, then `Frame1 is at [MM:SS.ss]:<image>\\n`, ...;
         "spatial": `Frame-1: <image>\\n`, ...
-        Minutes count on past an hour.
+        Minutes continue past an hour.
     """
     indices, duration = metadata.frames_indices or [], video_duration(metadata)
     if duration is None:
@@ -346,25 +314,22 @@ def serialize_video(
 
 
 def format_time(seconds: float) -> str:
-    """`MM:SS`, seconds rounded down; 100 minutes and more stay minutes."""
+    """Format as `MM:SS`, rounded down. Minutes continue past 99."""
     return f"{int(seconds) // 60:02d}:{int(seconds) % 60:02d}"
 
 
 def format_timestamp(seconds: float) -> str:
-    """`MM:SS.ss`, rounded; 100 minutes and more stay minutes."""
+    """Format as `MM:SS.ss`, rounded. Minutes continue past 99."""
     minutes, rest = int(seconds // 60), f"{seconds % 60:05.2f}"
     return f"{minutes + 1:02d}:00.00" if rest == "60.00" else f"{minutes:02d}:{rest}"
 
 
-def _split(pixels, grids: list, counts: list[int]) -> list[tuple]:
-    """Cut patches (P, ...) into units of so many images each: the patches and the grids of each unit."""
-    units, patch, image = [], 0, 0
-    for count in counts:
-        unit_grids = grids[image : image + count]
-        end = patch + sum(int(grid[0]) * int(grid[1]) for grid in unit_grids)
-        units.append((pixels[patch:end], unit_grids))
-        patch, image = end, image + count
-    return units
+def _split(pixels, grids, counts: list[int]) -> list[tuple]:
+    """Split patches (P, ...) and grids (N, 2) into units of `counts` images: (patches, grids) of each unit."""
+    images = np.cumsum(counts)[:-1]
+    patches = np.cumsum(np.asarray(grids).prod(-1))[images - 1]
+    split: Any = torch.tensor_split if isinstance(pixels, torch.Tensor) else np.split
+    return list(zip(split(pixels, patches.tolist()), split(grids, images.tolist()), strict=True))
 
 
 def _is_nested(images) -> bool:

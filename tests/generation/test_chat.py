@@ -71,7 +71,7 @@ def test_text_only(model, processor, tokenizer, capsys):
 
 def test_mismatched_images(model, tokenizer, images):
     pixels, grid = images
-    with pytest.raises(ValueError, match="1 <image> placeholders, but grid_hw 2 images"):
+    with pytest.raises(ValueError, match="1 <image> placeholders, but grid_hw describes 2 images"):
         model.chat(tokenizer, pixels, "What is this?", SETTINGS, grid_hw=grid)
     with pytest.raises(ValueError, match="need grid_hw"):
         model.chat(tokenizer, pixels, "What is this?", SETTINGS)
@@ -87,7 +87,7 @@ def test_end_of_turn(model, tokenizer, monkeypatch):
 def test_a_history_without_placeholders_takes_no_image(model, tokenizer, images):
     """Only the first question gets a placeholder by itself."""
     pixels, grid = images
-    with pytest.raises(ValueError, match="0 <image> placeholders, but grid_hw 1 images"):
+    with pytest.raises(ValueError, match="0 <image> placeholders, but grid_hw describes 1 images"):
         model.chat(tokenizer, pixels[: int(grid[0].prod())], "And now?", SETTINGS, history=[], grid_hw=grid[:1])
 
 

@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 
 from neo_hf import NeoImageProcessor, NeoProcessor, allocate_position_ids
+from neo_hf.chat_template_neo import CHAT_TEMPLATE, GENERATION_PROMPT, render_turn
 from neo_hf.image_processing_neo import smart_resize
-from neo_hf.processing_neo import CHAT_TEMPLATE
 from neo_hf.tokenization import NEO_SPECIAL_TOKENS
 
 IMAGE, START, END = 151669, 151670, 151671
@@ -45,6 +45,14 @@ def test_chat_template(processor):
         "<|im_start|>user\nAnd <image>\n<image>\n?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_turns_written_by_hand_equal_the_template(processor, system):
+    turns = [("system", system), ("user", "Hi"), ("assistant", "Yes."), ("user", "")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    rendered = "".join(render_turn(role, text) for role, text in turns) + GENERATION_PROMPT
+    assert rendered == processor.apply_chat_template(messages, add_generation_prompt=True)
 
 
 @pytest.mark.parametrize("system", ["", None, []])

@@ -15,9 +15,10 @@ from PIL import Image
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from neo_hf import NeoProcessor, NeoVideoProcessor, video_processing_neo
+from neo_hf import NeoProcessor, NeoVideoProcessor, video_reading_neo
 from neo_hf.processing_neo import serialize_video
-from neo_hf.video_processing_neo import DecordFile, PyAVFile, flatten_videos
+from neo_hf.video_processing_neo import flatten_videos, sample_frames
+from neo_hf.video_reading_neo import DecordReader, PyAVReader
 
 av = pytest.importorskip("av")
 IMAGE, START, END = 151669, 151670, 151671
@@ -28,7 +29,7 @@ def metadata(total, fps, indices=None, **kwargs):
 
 
 def sample(total, video_fps, **settings):
-    return NeoVideoProcessor().sample_frames(metadata(total, video_fps), **settings).tolist()
+    return sample_frames(metadata(total, video_fps), **settings)
 
 
 def gray(number, height=32, width=64):
@@ -233,6 +234,41 @@ def test_placeholders_must_match(processor):
         processor(text="<video>", videos=frames, video_style="fancy")
 
 
+@pytest.mark.parametrize("return_tensors", ["pt", "np", None])
+def test_token_types_tell_videos_from_images(processor, return_tensors):
+    """1 at visual tokens of images, 2 at those of videos, 0 at timestamps, `<img>`, words and padding."""
+    image, frames = Image.fromarray(gray(9, 64, 64)), np.stack([gray(number) for number in range(2)])
+    inputs = processor(
+        text=["<video>A<image>B<video>", "<image>", "none"],
+        images=[[image], [image], []],
+        videos=[[frames, [image]], [], []],
+        video_metadata=[{"fps": 1}, {}],
+        return_mm_token_type_ids=True,
+        return_tensors=return_tensors,
+    )
+    assert "text_replacement_offsets" not in inputs
+    types = [[int(kind) for kind in row] for row in inputs["mm_token_type_ids"]]
+    ids = [[int(token) for token in row] for row in inputs["input_ids"]]
+    visual = [
+        [kind for kind, token in zip(*row, strict=True) if token == IMAGE] for row in zip(types, ids, strict=True)
+    ]
+    assert visual == [[2] * 12 + [1] * 4 + [2] * 4, [1] * 4, []]
+    assert [sum(map(bool, row)) for row in types] == [20, 4, 0]
+
+
+def test_model_ignores_token_types(processor, real_vocabulary_model):
+    inputs = processor(
+        text="<video>Hm?", videos=[gray(0), gray(99)], return_mm_token_type_ids=True, return_tensors="pt"
+    )
+    without = {name: value for name, value in inputs.items() if name != "mm_token_type_ids"}
+    with torch.no_grad():
+        assert torch.equal(real_vocabulary_model(**inputs).logits, real_vocabulary_model(**without).logits)
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(
+        real_vocabulary_model.generate(**inputs, **settings), real_vocabulary_model.generate(**without, **settings)
+    )
+
+
 def test_model_reads_a_video_like_its_frames(processor, real_vocabulary_model):
     frames = [gray(number) for number in (0, 80, 160)]
     video = processor(text="<video>\nHm?", videos=frames, return_tensors="pt")
@@ -297,7 +333,7 @@ def test_metadata_decides_on_sampling():
         ({"video_metadata": {"total_num_frames": 7}}, "describes 7 frames, but 4 were given"),
         ({"video_metadata": [{}, {}]}, "for each of the 1 videos, got 2"),
         ({"video_metadata": metadata(99, 9, [1, 2, 3, 4]), "fps": 1}, "cannot be sampled again"),
-        ({"max_video_tokens": 1}, "no room for a single frame, which takes 6 tokens"),
+        ({"max_video_tokens": 1}, "no room for a single frame, which needs 6 tokens"),
         ({"min_pixels": 300_000}, "at most max_pixels, got 300000 and 230400"),
     ],
 )
@@ -335,7 +371,7 @@ def test_token_budget(caplog):
     # Then fewer frames: 4096 pixels are 45 x 90, rounded down to 1 x 2 tokens.
     with caplog.at_level("WARNING"):
         assert run(20) == ([0, 2, 4, 5, 7, 8, 10, 12, 13, 15], [2, 4])
-    assert "took 10 of 16 frames, of 2 visual tokens instead of 128 each" in caplog.text
+    assert "kept 10 of 16 frames with 2 visual tokens instead of 128 each" in caplog.text
 
 
 def test_num_multimodal_tokens(processor):
@@ -348,7 +384,7 @@ def test_num_multimodal_tokens(processor):
         counted = processor._get_num_multimodal_tokens(video_sizes=sizes, videos_kwargs=settings)
         assert sum(counted.num_video_tokens) == features["input_ids"][0].count(IMAGE)
         assert counted.num_image_tokens is None
-    assert processor.model_input_names == ["pixel_values", "image_grid_hw", "input_ids", "attention_mask"]
+    assert set(processor.model_input_names) == {"pixel_values", "image_grid_hw", "input_ids", "attention_mask"}
 
 
 def test_save_and_load(processor, tmp_path):
@@ -373,7 +409,7 @@ def test_save_and_load(processor, tmp_path):
 @pytest.mark.parametrize("name", ["bigbuckbunny", "bikes", "carphone_pristine", "carphone_distorted"])
 def test_backends_agree(clips, name, monkeypatch):
     path = clips / f"{name}.mp4"
-    files = [DecordFile(str(path)), PyAVFile(str(path))]
+    files = [reader(str(path), "clip") for reader in (DecordReader, PyAVReader)]
     for field in ("total_num_frames", "fps", "duration", "height", "width"):
         assert files[0].metadata[field] == files[1].metadata[field]
     indices = [0, 1, 3, 50, 51, 119, 20, 20]
@@ -382,7 +418,7 @@ def test_backends_agree(clips, name, monkeypatch):
     outputs = []
     for _ in range(2):
         outputs.append(NeoVideoProcessor()(path, return_metadata=True, return_tensors="pt"))
-        monkeypatch.setattr(video_processing_neo, "is_decord_available", lambda: False)
+        monkeypatch.setattr(video_reading_neo, "is_decord_available", lambda: False)
     assert [o["video_metadata"][0].video_backend for o in outputs] == ["decord", "pyav"]
     assert torch.equal(outputs[0]["pixel_values"], outputs[1]["pixel_values"])
 
@@ -391,8 +427,8 @@ def test_variable_frame_rate(tmp_path):
     """A frame's time is its number over the mean rate, as released, whenever it was shown."""
     times = [0, 40, 80, 120, 500, 540, 1000, 1040, 2000, 2040, 2080, 3000]
     path = write_video(tmp_path / "v.mp4", [gray(20 * i) for i in range(12)], codec="libx264", times=times)
-    for backend in (DecordFile, PyAVFile):
-        file = backend(str(path))
+    for reader in (DecordReader, PyAVReader):
+        file = reader(str(path), "clip")
         fps = file.metadata.fps
         assert file.metadata.total_num_frames == 12
         assert 0 < fps < 25
@@ -418,8 +454,8 @@ def test_unreadable_files(tmp_path, clips, monkeypatch):
         for name in ("empty.mp4", "truncated.mp4", "text.mp4", "audio.mp4", "none.mp4"):
             with pytest.raises(ValueError, match=rf"Cannot read the video .*{name}: "):
                 NeoVideoProcessor()(tmp_path / name)
-        monkeypatch.setattr(video_processing_neo, "is_decord_available", lambda: False)
-    monkeypatch.setattr(video_processing_neo, "is_av_available", lambda: False)
+        monkeypatch.setattr(video_reading_neo, "is_decord_available", lambda: False)
+    monkeypatch.setattr(video_reading_neo, "is_av_available", lambda: False)
     with pytest.raises(ImportError, match="needs decord or PyAV"):
         NeoVideoProcessor()(clips / "bikes.mp4")
 
@@ -427,11 +463,11 @@ def test_unreadable_files(tmp_path, clips, monkeypatch):
 @pytest.mark.parametrize("backend", ["decord", "pyav"])
 def test_data_uri(clips, monkeypatch, backend):
     """As servers are sent videos."""
-    monkeypatch.setattr(video_processing_neo, "is_decord_available", lambda: backend == "decord")
+    monkeypatch.setattr(video_reading_neo, "is_decord_available", lambda: backend == "decord")
     uri = "data:video/mp4;base64," + base64.b64encode((clips / "bikes.mp4").read_bytes()).decode()
     expected = NeoVideoProcessor()(clips / "bikes.mp4", num_frames=3)
     assert np.array_equal(NeoVideoProcessor()(uri, num_frames=3)["pixel_values"], expected["pixel_values"])
-    with pytest.raises(ValueError, match=r"Cannot read the video data:video/mp4;base64,.{0,40}\.\.\.: "):
+    with pytest.raises(ValueError, match=r"Cannot read the video data:video/mp4;base64,.{0,80}\.\.\.: "):
         NeoVideoProcessor()(uri[: len(uri) // 2])
     with pytest.raises(ValueError, match="Cannot read the video data:"):
         NeoVideoProcessor()("data:video/mp4;base64,####")
@@ -463,9 +499,9 @@ def test_url(clips):
 
 MEMORY = """
 import resource, sys
-from neo_hf import NeoVideoProcessor, video_processing_neo
+from neo_hf import NeoVideoProcessor, video_reading_neo
 path, backend = sys.argv[1:]
-video_processing_neo.is_decord_available = lambda: backend == "decord"
+video_reading_neo.is_decord_available = lambda: backend == "decord"
 NeoVideoProcessor()(path, num_frames=16)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
