@@ -22,7 +22,7 @@ import torch
 from neo_hf import NeoConfig
 from neo_hf.checkpoint import TensorInfo, write_shards
 from neo_hf.conversion import _expected_shapes
-from neo_hf.raw_checkpoint import neo_config_to_raw, neo_to_raw_name
+from neo_hf.raw import neo_config_to_raw, neo_to_raw_name
 
 # The high-water mark of this process only: getrusage() starts from that of the parent.
 REPORT = "print(*(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"

@@ -1,12 +1,12 @@
 """Between layouts: raw and Hub format, Qwen3 to NEO, and the pre-Buffer as a checkpoint of its own."""
 
 from .checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, new_folder, open_checkpoint, sha256, write_shards
-from .configuration_neo import QWEN3_FIELDS, NeoConfig
+from .configuration_neo import NeoConfig
 from .loading import check_available, default_image_processor
 from .model_card import Provenance, load_release, placeholder_id, read_license, render_model_card
 from .modeling_neo import NeoForConditionalGeneration
 from .processing_neo import NeoProcessor
-from .raw_checkpoint import IGNORED, neo_config_to_raw, neo_to_raw_name, raw_to_neo_name
+from .raw import IGNORED_TENSORS, QWEN3_FIELDS, neo_config_to_raw, neo_to_raw_name, raw_to_neo_name
 from .tokenization import add_neo_tokens, load_tokenizer
 
 import json
@@ -443,7 +443,7 @@ def _match_names(checkpoint: Checkpoint, config: NeoConfig) -> dict[str, str]:
     matched = {}
     for name, source_name in names.items():
         info = checkpoint.infos[source_name]
-        if any(re.fullmatch(pattern, name) for pattern in IGNORED):
+        if any(re.fullmatch(pattern, name) for pattern in IGNORED_TENSORS):
             continue
         if name not in known:
             problems.append(f"left over: {source_name}")

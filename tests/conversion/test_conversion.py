@@ -24,7 +24,7 @@ from neo_hf.conversion import (
     graft_pre_buffer,
     init_from_qwen3,
 )
-from neo_hf.raw_checkpoint import raw_to_neo_name
+from neo_hf.raw import raw_to_neo_name
 from neo_hf.tokenization import NEO_SPECIAL_TOKENS
 
 RAW = GOLDEN / "neo_tiny" / "raw"
