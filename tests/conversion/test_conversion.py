@@ -168,12 +168,12 @@ def test_push(tmp_path, capsys, monkeypatch, tokenizer):
     assert f"{sizes[WEIGHTS]:>15,}  {WEIGHTS}\n" in out
     assert f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files to someone/neo\n" in out
 
-    monkeypatch.setattr("neo_hf.publishing.get_token", lambda: None)
+    monkeypatch.setattr("neo_hf.publishing.hub.get_token", lambda: None)
     assert run(*push) == 1
     assert "There is no Hub token" in capsys.readouterr().err
     edited = (tmp_path / "hub" / "README.md").read_text() + "\nTrained on what I drew.\n"
     (tmp_path / "hub" / "README.md").write_text(edited)
-    monkeypatch.setattr("neo_hf.publishing.get_token", lambda: "hf_x")
+    monkeypatch.setattr("neo_hf.publishing.hub.get_token", lambda: "hf_x")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert run(*push) == 1
     assert "Publishing to someone/neo failed" in capsys.readouterr().err
@@ -205,7 +205,7 @@ def test_command_line(tmp_path, capsys, golden):
     assert run("export", hub, back) == 0
     assert_same(read_all(back), read_all(RAW))
     assert run("export", hub, back) == 1
-    assert "exists. Give --force" in capsys.readouterr().err
+    assert "exists; force=True replaces it" in capsys.readouterr().err
     (tmp_path / "raw" / "stale.txt").touch()
     assert run("export", hub, back, "--force") == 0
     assert "Verified" not in capsys.readouterr().out
@@ -387,12 +387,12 @@ NORM = "language_model.model.norm.weight"
         (lambda f: (f / "config.json").write_text("{"), "valid JSON"),
         (lambda f: change_config(f, llm_config={"head_dim": 30}), "head_dim must be .* got 30"),
         (lambda f: shards(f, moved={3: "c.safetensors"}), r"c\.safetensors .* is missing"),
-        (lambda f: shards(f, moved={3: "../a.safetensors"}), r"'\.\./a\.safetensors'.*beside their index"),
-        (lambda f: shards(f, moved={3: "b.safetensors"}), "differ in which tensors it holds: language_model"),
-        (duplicate, "holds again what an earlier shard holds: language_model"),
-        (lambda f: (f / f"{WEIGHTS}.index.json").write_text("[]"), "is no index of shards"),
-        (lambda f: (f / f"{WEIGHTS}.index.json").write_text('{"weight_map": []}'), "is no index of shards"),
-        (lambda f: (f / "config.json").write_text("[]"), "is no configuration of NEO"),
+        (lambda f: shards(f, moved={3: "../a.safetensors"}), r"'\.\./a\.safetensors'.*same folder as their index"),
+        (lambda f: shards(f, moved={3: "b.safetensors"}), "disagree on these tensors: language_model"),
+        (duplicate, "repeats tensors of an earlier shard: language_model"),
+        (lambda f: (f / f"{WEIGHTS}.index.json").write_text("[]"), "is not a shard index"),
+        (lambda f: (f / f"{WEIGHTS}.index.json").write_text('{"weight_map": []}'), "is not a shard index"),
+        (lambda f: (f / "config.json").write_text("[]"), "is not a NEO configuration"),
         (lambda f: change_weights(f, lambda t: t.update({NORM: torch.ones(64).to(torch.float8_e4m3fn)})), "F8_E4M3"),
         (lambda f: change_weights(f, lambda t: t.update(extra=torch.ones(2))), "left over: extra"),
         (lambda f: change_weights(f, lambda t: t.pop(NORM)), r"missing: model\.language_model\.norm\.weight"),
@@ -437,7 +437,7 @@ def test_bad_tokenizer(raw, tmp_path, tokenizer):
     with pytest.raises(ValueError, match="holds no tokenizer"):
         convert_raw_to_hub(raw, tmp_path / "hub", tokenizer=tmp_path)
     tokenizer.save_pretrained(raw)
-    with pytest.raises(ValueError, match=r"151682 tokens .* but the vocabulary of the model 512"):
+    with pytest.raises(ValueError, match=r"151682 tokens .* but the vocabulary of the model has 512"):
         convert_raw_to_hub(raw, tmp_path / "hub")
     (raw / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"The tokenizer in .* cannot be read"):
@@ -465,15 +465,15 @@ def test_killed_at_any_moment(tmp_path):
     convert_hub_to_raw(tmp_path / "made", tmp_path / "raw")
     expected = read_all(tmp_path / "made")
     script = f"""
-import neo_hf.conversion, time
-write = neo_hf.conversion.write_shards
+import neo_hf.conversion.target, time
+write = neo_hf.conversion.target.write_shards
 def slow(folder, infos, read, size):
     def wait(name):
         time.sleep(0.01)
         return read(name)
     print("started", flush=True)
     write(folder, infos, wait, size)
-neo_hf.conversion.write_shards = slow
+neo_hf.conversion.target.write_shards = slow
 neo_hf.conversion.convert_raw_to_hub({str(tmp_path / "raw")!r}, {str(tmp_path / "hub")!r}, max_shard_size="4MB")
 """
     outcomes = set()
@@ -565,13 +565,13 @@ def test_pre_buffer(tmp_path):
     (tmp_path / "asset" / "config.json").write_text(json.dumps(config))
     graft_pre_buffer(tmp_path / "asset", QWEN3, tmp_path / "other axes")
     rope = NeoConfig.from_pretrained(tmp_path / "other axes").text_config.rope_parameters
-    assert {axis: one["rope_theta"] for axis, one in rope.items()} == {"temporal": 1e6, "height": 5e3, "width": 5e3}
+    assert [rope[axis]["rope_theta"] for axis in ("temporal", "height", "width")] == [1e6, 5e3, 5e3]
 
     shutil.copytree(QWEN3, tmp_path / "wide")
     change_config(tmp_path / "wide", intermediate_size=256)
-    with pytest.raises(ValueError, match="intermediate_size: 128 against 256"):
+    with pytest.raises(ValueError, match="intermediate_size: 128 and 256"):
         graft_pre_buffer(tmp_path / "asset", tmp_path / "wide", tmp_path / "out")
-    with pytest.raises(ValueError, match="is no pre-Buffer"):
+    with pytest.raises(ValueError, match="is not a pre-Buffer"):
         graft_pre_buffer(tmp_path / "neo", QWEN3, tmp_path / "out")
     with pytest.raises(ValueError, match="unknown depth"):
         extract_pre_buffer(RAW, tmp_path / "out")

@@ -15,7 +15,7 @@ from helpers import ROOT, random_model, tiny_config
 from huggingface_hub import ModelCard
 
 from neo_hf import __version__
-from neo_hf.model_card import Provenance, count_parameters, load_release, released_config, render_model_card
+from neo_hf.publishing.model_card import Provenance, count_parameters, load_release, released_config, render_model_card
 
 FOLDER = ROOT / "model_cards"
 CHECKPOINTS = list(load_release()["checkpoints"])
