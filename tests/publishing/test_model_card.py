@@ -94,9 +94,10 @@ def test_architecture(size, depth, pre_buffer):
     assert f"| of these in the patch embedding | {patches:,} |" in text
 
 
+@pytest.mark.parametrize("depth", [2, None])
 @pytest.mark.parametrize("tie", [True, False])
-def test_parameters_are_those_of_a_real_model(tie):
-    config = tiny_config(tie_word_embeddings=tie)
+def test_parameters_are_those_of_a_real_model(tie, depth):
+    config = tiny_config(tie_word_embeddings=tie, text_config={"num_pre_buffer_layers": depth})
     model = random_model(config)
     assert count_parameters(config)["total"] == sum(parameter.numel() for parameter in model.parameters())
 
