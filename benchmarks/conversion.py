@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 from neo_hf import NeoConfig
-from neo_hf.checkpoint import TensorInfo, write_shards
-from neo_hf.conversion import _expected_shapes
-from neo_hf.raw_checkpoint import neo_config_to_raw, neo_to_raw_name
+from neo_hf.conversion.source import expected_shapes
+from neo_hf.conversion.weights import TensorInfo, write_shards
+from neo_hf.raw import neo_config_to_raw, neo_to_raw_name
 
 # The high-water mark of this process only: getrusage() starts from that of the parent.
 REPORT = "print(*(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
@@ -47,7 +47,7 @@ def main():
         text_config={"num_hidden_layers": arguments.layers, "num_pre_buffer_layers": 4}, dtype=torch.bfloat16
     )
     infos = {
-        neo_to_raw_name(name): TensorInfo(shape, torch.bfloat16) for name, shape in _expected_shapes(config).items()
+        neo_to_raw_name(name): TensorInfo(shape, torch.bfloat16) for name, shape in expected_shapes(config).items()
     }
     with tempfile.TemporaryDirectory() as folder:
         raw, out = Path(folder) / "raw", Path(folder) / "out"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from neo_hf.model_card import load_release, released_config, render_model_card
+from neo_hf.publishing.model_card import load_release, released_config, render_model_card
 
 
 def render_released_cards() -> dict[str, str]:

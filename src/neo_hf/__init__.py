@@ -3,14 +3,14 @@
 Importing this package registers NEO with the Auto classes.
 """
 
+from . import raw
 from ._version import __version__
-from .configuration_neo import NeoChatConfig, NeoConfig, NeoTextConfig, NeoVisionConfig
+from .configuration_neo import NeoConfig, NeoTextConfig, NeoVisionConfig
 from .image_processing_neo import NeoImageProcessor
 from .indexing_neo import allocate_position_ids
 from .loading import load_nano
 from .modeling_neo import NeoForConditionalGeneration, NeoModel, NeoTextModel
 from .processing_neo import NeoProcessor
-from .raw_checkpoint import register_raw_checkpoints
 from .video_processing_neo import NeoVideoProcessor
 
 from transformers import (
@@ -26,14 +26,13 @@ from transformers import (
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
 AutoConfig.register("neo", NeoConfig)
-AutoConfig.register("neo_chat", NeoChatConfig)
 # AutoModel gives the model that can generate, as the released repositories do.
 for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     auto_class.register(NeoConfig, NeoForConditionalGeneration)
 AutoImageProcessor.register(NeoConfig, image_processor_classes={"pil": NeoImageProcessor})
 AutoVideoProcessor.register(NeoConfig, NeoVideoProcessor)
 AutoProcessor.register(NeoConfig, NeoProcessor)
-register_raw_checkpoints()
+raw.register()
 
 # Saving any of these writes the code files next to the weights, so that the folder works without this package.
 NeoConfig.register_for_auto_class()

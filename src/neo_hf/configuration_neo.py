@@ -5,7 +5,8 @@ The defaults are NEO-2B. NEO-9B is
 "num_attention_heads": 32}, tie_word_embeddings=False)`.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import transformers
 from packaging.version import parse as parse_version
@@ -39,38 +40,54 @@ AUTO_MAP = {
     "AutoVideoProcessor": "video_processing_neo.NeoVideoProcessor",
 }
 
-# What a decoder has in common with Qwen3, under the same names.
-QWEN3_FIELDS: tuple[str, ...] = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "use_cache",
-    "attention_bias",
-    "attention_dropout",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-)
+# The fields that hold the ids of `<IMG_CONTEXT>` (one per visual token), `<img>` and `</img>`, with the released ids.
+RELEASED_TOKEN_IDS = {"image_token_id": 151669, "image_start_token_id": 151670, "image_end_token_id": 151671}
 
-# The released configs do not say where the pre-Buffer ends; their depths do (paper, Table 1).
+# The released configurations omit the depth of the pre-Buffer; it follows from that of the model (paper, Table 1).
 PRE_BUFFER_LAYERS_BY_DEPTH = {40: 12, 42: 6}
 
 
-def _require(condition: bool, message: str):
+def require(condition: bool, message: str):
+    """Raise a ValueError with this message unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
+def _is_plain_rope(rope: Any) -> bool:
+    return (
+        isinstance(rope, dict)
+        and set(rope) <= {"rope_type", "rope_theta"}
+        and rope.get("rope_type", "default") == "default"
+        and rope.get("rope_theta", 0) > 0
+    )
+
+
+class _RopeIsNeverScaled:
+    """
+    Mixin that checks `rope_parameters` whenever they are set, on a built configuration too: rope scaling is refused,
+    not ignored. Entries nested by axis get a `rope_type` beside them, where some engines look for it.
+    """
+
+    rope_parameters: Any
+    _rope_type_labels: tuple[str, ...] = ()  # the keys that `rope_parameters` is nested under, for transformers too
+
+    def __setattr__(self, name: str, value: Any):
+        if name == "rope_parameters" and (value or self.rope_parameters):  # empty only while it is built
+            labels = self._rope_type_labels
+            value = {"rope_type": "default", **(value or {})}
+            axes = [value.get(label) for label in labels] or [value]
+            require(
+                value["rope_type"] == "default"
+                and (not labels or set(value) == {"rope_type", *labels})
+                and all(map(_is_plain_rope, axes)),
+                "NEO has no rope scaling: rope_parameters must be {'rope_type': 'default', 'rope_theta': positive "
+                f"number}}{f' for each of {labels}' if labels else ''}, got {value}.",
+            )
+        super().__setattr__(name, value)
+
+
 @strict
-class NeoTextConfig(PreTrainedConfig):
+class NeoTextConfig(_RopeIsNeverScaled, PreTrainedConfig):
     r"""
     The decoder: Qwen3's fields, a pre-Buffer depth and one set of rotary parameters per axis.
 
@@ -80,13 +97,13 @@ class NeoTextConfig(PreTrainedConfig):
         unknown: the model runs all the same, but `pre_buffer` and `post_llm` ask for it.
     rope_parameters (`dict`, *optional*):
         `{"temporal": ..., "height": ..., "width": ...}`, each `{"rope_type": "default", "rope_theta": float}`. The
-        temporal axis turns `head_dim` channels, height and width `head_dim / 2` each (Native-RoPE).
+        temporal axis turns `head_dim` channels, height and width `head_dim / 2` each (Native-RoPE). Any rope scaling
+        is refused.
     """
 
     model_type = "neo_text"
     base_config_key = "text_config"
     keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states"]
-    # Tells the base class that `rope_parameters` is nested under these keys.
     _rope_type_labels = ("temporal", "height", "width")
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -136,38 +153,31 @@ class NeoTextConfig(PreTrainedConfig):
             }
         if self.num_pre_buffer_layers is None:
             self.num_pre_buffer_layers = PRE_BUFFER_LAYERS_BY_DEPTH.get(self.num_hidden_layers)
-        _require(
-            "rope_theta" not in kwargs
-            and set(self.rope_parameters) == set(self._rope_type_labels)
-            and all(
-                p.get("rope_type", "default") == "default" and p.get("rope_theta", 0) > 0
-                for p in self.rope_parameters.values()
-            ),
-            "rope_parameters must hold {'rope_type': 'default', 'rope_theta': positive number} for each of "
-            f"{self._rope_type_labels}, got {self.rope_parameters}.",
+        require(
+            "rope_theta" not in kwargs, f"Give either rope_theta or rope_parameters, got both: {self.rope_parameters}."
         )
         super().__post_init__(**kwargs)
 
         sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
         for name in [*sizes, "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"]:
-            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}.")
-        _require(
+            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}.")
+        require(
             self.hidden_act in ACT2FN, f"hidden_act must be one of transformers' activations, got {self.hidden_act!r}."
         )
-        _require(
+        require(
             0 <= self.attention_dropout < 1, f"attention_dropout must be from 0 to 1, got {self.attention_dropout}."
         )
-        _require(
+        require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_attention_heads must be a multiple of num_key_value_heads, got {self.num_attention_heads} and "
             f"{self.num_key_value_heads}.",
         )
-        _require(
+        require(
             self.head_dim > 0 and self.head_dim % 4 == 0,
             f"head_dim must be a positive multiple of 4 (height and width turn pairs of channels in a quarter of the "
             f"head each), got {self.head_dim}.",
         )
-        _require(
+        require(
             self.num_pre_buffer_layers is None or 0 <= self.num_pre_buffer_layers <= self.num_hidden_layers,
             f"num_pre_buffer_layers must lie between 0 and num_hidden_layers ({self.num_hidden_layers}), got "
             f"{self.num_pre_buffer_layers}.",
@@ -180,7 +190,7 @@ class NeoTextConfig(PreTrainedConfig):
 
 
 @strict
-class NeoVisionConfig(PreTrainedConfig):
+class NeoVisionConfig(_RopeIsNeverScaled, PreTrainedConfig):
     r"""
     The patch embedding, all there is between pixels and the decoder.
 
@@ -210,27 +220,22 @@ class NeoVisionConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)  # fills in rope_theta 10 000 where none is given
         for name in ("patch_size", "spatial_merge_size", "num_channels"):
-            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}.")
-        _require(
+            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}.")
+        require(
             self.hidden_size > 0 and self.hidden_size % 4 == 0,
             f"vision hidden_size must be a positive multiple of 4 (x and y each turn pairs of channels in one half), "
             f"got {self.hidden_size}.",
         )
-        _require(
+        require(
             0 < self.min_pixels <= self.max_pixels,
             f"min_pixels must be positive and at most max_pixels, got {self.min_pixels} and {self.max_pixels}.",
-        )
-        _require(
-            self.rope_parameters["rope_type"] == "default" and self.rope_parameters["rope_theta"] > 0,
-            "vision rope_parameters must be {'rope_type': 'default', 'rope_theta': positive number}, got "
-            f"{self.rope_parameters}.",
         )
 
 
 @strict
 class NeoConfig(PreTrainedConfig):
     r"""
-    The whole model. Also reads the `config.json` of a raw checkpoint (`model_type` "neo_chat").
+    The whole model.
 
     text_config (`NeoTextConfig` or `dict`, *optional*):
         The decoder. Defaults to NEO-2B's.
@@ -244,13 +249,15 @@ class NeoConfig(PreTrainedConfig):
 
     model_type = "neo"
     sub_configs = {"text_config": NeoTextConfig, "vision_config": NeoVisionConfig}
+    # Readers of other layouts: `model_type` of a `config.json` -> function from its dict to the fields of this class.
+    readers: ClassVar[dict[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {}
     keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states"]
 
     text_config: Any = None  # built below
     vision_config: Any = None
-    image_token_id: int | None = 151669
-    image_start_token_id: int | None = 151670
-    image_end_token_id: int | None = 151671
+    image_token_id: int | None = RELEASED_TOKEN_IDS["image_token_id"]
+    image_start_token_id: int | None = RELEASED_TOKEN_IDS["image_start_token_id"]
+    image_end_token_id: int | None = RELEASED_TOKEN_IDS["image_end_token_id"]
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
@@ -265,122 +272,42 @@ class NeoConfig(PreTrainedConfig):
         self.text_config.tie_word_embeddings = self.tie_word_embeddings
 
         vocab_size = self.text_config.vocab_size
-        for name in ("image_token_id", "image_start_token_id", "image_end_token_id"):
-            token_id = getattr(self, name)
-            _require(
+        token_ids = {name: getattr(self, name) for name in RELEASED_TOKEN_IDS}
+        for name, token_id in token_ids.items():
+            require(
                 token_id is None or 0 <= token_id < vocab_size,
                 f"{name} must be a token id below vocab_size ({vocab_size}), got {token_id}.",
             )
-        ids = [self.image_token_id, self.image_start_token_id, self.image_end_token_id]
-        known = [token_id for token_id in ids if token_id is not None]
-        _require(len(set(known)) == len(known), f"The ids of <IMG_CONTEXT>, <img> and </img> must differ, got {ids}.")
+        known = [token_id for token_id in token_ids.values() if token_id is not None]
+        require(len(set(known)) == len(known), f"The ids of NEO's image tokens must differ, got {token_ids}.")
+
+    def __setattr__(self, name: str, value: Any):
+        require(
+            name not in ("rope_parameters", "rope_scaling") or value is None,
+            f"NEO has no rope scaling, and its rotary parameters are text_config.rope_parameters and "
+            f"vision_config.rope_parameters, got {name}={value} on the whole model.",
+        )
+        super().__setattr__(name, value)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        if config_dict.get("model_type") == "neo_chat":
-            config_dict = raw_config_to_neo(config_dict)
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(cls._read(config_dict), **kwargs)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        model_type = config_dict.get("model_type", "neo")
-        _require(
-            model_type in ("neo", "neo_chat"),
-            f"{pretrained_model_name_or_path} is no NEO: model_type must be 'neo' or 'neo_chat', got {model_type!r}.",
+        model_type, supported = config_dict.get("model_type", cls.model_type), [NeoConfig.model_type, *cls.readers]
+        require(
+            model_type in supported,
+            f"{pretrained_model_name_or_path} is not a NEO checkpoint: model_type must be one of {supported}, got "
+            f"{model_type!r}.",
         )
-        if model_type == "neo_chat":
-            config_dict = raw_config_to_neo(config_dict)
-        return config_dict, kwargs
-
-
-class NeoChatConfig(NeoConfig):
-    """Registered for the raw `model_type` "neo_chat", so that `AutoConfig` reads raw folders; gives a `NeoConfig`."""
-
-    model_type = "neo_chat"
+        return cls._read(config_dict), kwargs
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        return NeoConfig.from_dict(config_dict, **kwargs)
-
-
-def _unwrap(value):
-    # A trailing comma in the released configuration code turns some numbers into one-element lists.
-    return value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
-
-
-def raw_config_to_neo(raw: dict[str, Any]) -> dict[str, Any]:
-    """
-    Translate a raw `config.json` (`model_type` "neo_chat") into the fields of `NeoConfig`.
-
-    The pre-Buffer depth is `extra_num_layers` where training wrote it. Special token ids that the file does not give
-    are the released ones where the vocabulary reaches that far, else `None`.
-
-    Raises:
-        ValueError: a section is missing, or a setting has a value that NEO does not have; it is quoted.
-    """
-    for section in ("vision_config", "llm_config"):
-        _require(
-            isinstance(raw.get(section), dict), f"A raw NEO config needs a '{section}' section, got {sorted(raw)}."
-        )
-    raw = {key: _unwrap(value) for key, value in raw.items()}
-    vision = {key: _unwrap(value) for key, value in raw["vision_config"].items()}
-    text = {key: _unwrap(value) for key, value in raw["llm_config"].items()}
-
-    for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
-        _require(name in text, f"llm_config must give {name}, got only {sorted(text)}.")
-    _require(
-        text.get("model_type", "qwen3") == "qwen3",
-        f"llm_config.model_type must be 'qwen3', got {text.get('model_type')!r}.",
-    )
-    _require(
-        not text.get("use_sliding_window"), "NEO has no sliding window, but llm_config.use_sliding_window is true."
-    )
-    # What newer versions of transformers write in place of rope_theta and rope_scaling.
-    rope_parameters = {"rope_type": "default"} | (text.get("rope_parameters") or {})
-    scaling = text.get("rope_scaling") or (rope_parameters if rope_parameters["rope_type"] != "default" else None)
-    _require(not scaling, f"NEO has no rope scaling, got {scaling}.")
-    layer_types = set(text.get("layer_types") or ["full_attention"])
-    _require(layer_types == {"full_attention"}, f"All layers of NEO are full attention, got {sorted(layer_types)}.")
-    llm_hidden_size = vision.get("llm_hidden_size", text["hidden_size"])
-    _require(
-        llm_hidden_size == text["hidden_size"],
-        f"vision_config.llm_hidden_size is {llm_hidden_size}, but llm_config.hidden_size {text['hidden_size']}.",
-    )
-    downsample_ratio = vision.get("downsample_ratio", raw.get("downsample_ratio", 0.5))
-    _require(
-        0 < downsample_ratio <= 1 and (1 / downsample_ratio).is_integer(),
-        f"downsample_ratio must be 1 over a whole number, got {downsample_ratio}.",
-    )
-
-    def rope(theta: float) -> dict[str, Any]:
-        return {"rope_type": "default", "rope_theta": float(theta)}
-
-    text_config = {key: text[key] for key in QWEN3_FIELDS if key in text}
-    text_config["rope_parameters"] = {
-        "temporal": rope(rope_parameters.get("rope_theta", text.get("rope_theta", 1_000_000.0))),
-        "height": rope(text.get("rope_theta_hw", 10_000.0)),
-        "width": rope(text.get("rope_theta_hw", 10_000.0)),
-    }
-    text_config["num_pre_buffer_layers"] = text.get("extra_num_layers")
-    vision_fields = ("patch_size", "num_channels", "hidden_size", "min_pixels", "max_pixels")
-    vision_config = {key: vision[key] for key in vision_fields if key in vision}
-    vision_config["spatial_merge_size"] = round(1 / downsample_ratio)
-    vision_config["rope_parameters"] = rope(vision.get("rope_theta_vision", 10_000.0))
-
-    def token_id(raw_name: str, default: int) -> int | None:
-        return raw.get(raw_name, default if default < text["vocab_size"] else None)
-
-    return {
-        "model_type": "neo",
-        "text_config": text_config,
-        "vision_config": vision_config,
-        "image_token_id": token_id("img_context_token_id", 151669),
-        "image_start_token_id": token_id("img_start_token_id", 151670),
-        "image_end_token_id": token_id("img_end_token_id", 151671),
-        "tie_word_embeddings": text.get("tie_word_embeddings", raw.get("tie_word_embeddings")),
-        "dtype": raw.get("torch_dtype") or raw.get("dtype") or text.get("torch_dtype"),
-    }
+    def _read(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        reader = cls.readers.get(config_dict.get("model_type", cls.model_type))
+        return config_dict if reader is None else reader(config_dict)
 
 
 __all__ = ["NeoConfig", "NeoTextConfig", "NeoVisionConfig"]

@@ -1,9 +1,10 @@
 """Open a NEO by name, whatever its layout: a Hub id, a folder in Hub format or a raw checkpoint."""
 
-from .configuration_neo import NeoConfig
+from .configuration_neo import RELEASED_TOKEN_IDS, NeoConfig
 from .image_processing_neo import NeoImageProcessor
 from .modeling_neo import NeoForConditionalGeneration
 from .processing_neo import NeoProcessor
+from .raw import RAW_MODEL_TYPE
 from .tokenization import add_neo_tokens, load_tokenizer
 
 import os
@@ -36,10 +37,10 @@ def check_available(name_or_path: str | os.PathLike):
 
 
 def is_raw(name_or_path: str | os.PathLike) -> bool:
-    """Whether a Hub id or a folder holds a raw checkpoint (`model_type` "neo_chat")."""
+    """Whether a Hub id or a folder holds a raw checkpoint."""
     check_available(name_or_path)
     config_dict, _ = PreTrainedConfig.get_config_dict(name_or_path)
-    return config_dict.get("model_type") == "neo_chat"
+    return config_dict.get("model_type") == RAW_MODEL_TYPE
 
 
 def default_image_processor(config: NeoConfig) -> NeoImageProcessor:
@@ -87,7 +88,7 @@ def load_model_and_processor(
     """
     processor = load_processor(name_or_path)
     model = NeoForConditionalGeneration.from_pretrained(name_or_path, **kwargs).eval()
-    for name in ("image_token_id", "image_start_token_id", "image_end_token_id"):
+    for name in RELEASED_TOKEN_IDS:
         # Raw configurations leave them to the tokenizer.
         setattr(model.config, name, getattr(processor, name))
     return model, processor

@@ -28,7 +28,9 @@ from .rotary_neo import rotary_tables
 from .self_test_neo import check_transformers
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -59,6 +61,8 @@ class NeoPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": NeoDecoderLayer, "attentions": NeoAttention}
+    # Called with the model and its loading info after `from_pretrained`: support for other layouts hooks in here.
+    loading_hooks: ClassVar[list[Callable]] = []
 
     def get_correct_attn_implementation(self, requested_attention: str | None, *args, **kwargs) -> str:
         """ "neo" where none is asked for."""
@@ -102,9 +106,32 @@ class NeoPreTrainedModel(PreTrainedModel):
             )
         return config.num_pre_buffer_layers
 
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
-        # By default transformers writes the names that were read: those of the raw checkpoint, where it was one.
-        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
+        """
+        As in transformers, from a Hub id or a folder. A checkpoint without an output head gives a model whose head is
+        the input embedding, whatever the configuration says.
+
+        Raises:
+            ImportError: This transformers is newer than those tested, and NEO's self-test fails with it.
+            OSError: A file of weights cannot be read; the message names the checkpoint.
+        """
+        check_transformers(NeoForConditionalGeneration)
+        # Harnesses for the released class pass these arguments of transformers 4, switched off.
+        for name in ("load_in_8bit", "load_in_4bit"):
+            if kwargs.pop(name, False):
+                raise ValueError(f"{name}=True: give quantization_config=BitsAndBytesConfig({name}=True) instead.")
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise OSError(
+                f"A file of weights in {pretrained_model_name_or_path} cannot be read, it may be truncated: {error}"
+            ) from error
+        for hook in cls.loading_hooks:
+            hook(model, info)
+        return (model, info) if output_loading_info else model
 
 
 class NeoTextModel(NeoPreTrainedModel):
@@ -487,43 +514,14 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin, NeoCha
         self.loss_function = weighted_cross_entropy
         self.post_init()
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
-        """
-        As in transformers, from a Hub id, a folder of `save_pretrained` or a raw checkpoint. Where there is no output
-        head, it is the input embedding, whatever the configuration says.
-
-        Raises:
-            ImportError: this transformers is newer than those tested, and NEO's self-test fails with it.
-        """
-        check_transformers(NeoForConditionalGeneration)
-        # Harnesses for the released class pass these of transformers 4, switched off.
-        for name in ("load_in_8bit", "load_in_4bit"):
-            if kwargs.pop(name, False):
-                raise ValueError(f"{name}=True: give quantization_config=BitsAndBytesConfig({name}=True) instead.")
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
-        except SafetensorError as error:
-            raise OSError(
-                f"A file of weights in {pretrained_model_name_or_path} cannot be read, it may be truncated: {error}"
-            ) from error
-        missing, unexpected = info["missing_keys"] - {"lm_head.weight"}, info["unexpected_keys"]
-        if getattr(model, "_weight_conversions", None) and (missing or unexpected):
-            # The names were raw ones: nobody loads a part of such a checkpoint on purpose.
-            raise ValueError(
-                f"{pretrained_model_name_or_path} does not fit its configuration: it lacks {sorted(missing)} and "
-                f"has {sorted(unexpected)} left over."
-            )
-        embedding_name = next(iter(cls._tied_weights_keys.values()))
-        if "lm_head.weight" in info["missing_keys"] and embedding_name not in info["missing_keys"]:
-            model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
-            model.tie_weights()
-            info["missing_keys"].discard("lm_head.weight")
-        if model.generation_config.eos_token_id is None:  # a raw checkpoint without generation_config.json
-            model.generation_config.eos_token_id = model.config.text_config.eos_token_id
-        return (model, info) if output_loading_info else model
+    def mark_tied_weights_as_initialized(self, loading_info):
+        # A checkpoint without a head is tied, whatever its configuration says. Said before transformers initialises
+        # and reports what is missing.
+        head, embedding = next(iter(self._tied_weights_keys.items()))
+        if head in loading_info.missing_keys and embedding not in loading_info.missing_keys:
+            self.config.tie_word_embeddings = self.config.text_config.tie_word_embeddings = True
+            self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
+        super().mark_tied_weights_as_initialized(loading_info)
 
     def get_image_features(self, *args, **kwargs):
         """See `NeoModel.get_image_features`."""

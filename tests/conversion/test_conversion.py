@@ -24,7 +24,7 @@ from neo_hf.conversion import (
     graft_pre_buffer,
     init_from_qwen3,
 )
-from neo_hf.raw_checkpoint import raw_to_neo_name
+from neo_hf.raw import raw_to_neo_name
 from neo_hf.tokenization import NEO_SPECIAL_TOKENS
 
 RAW = GOLDEN / "neo_tiny" / "raw"
@@ -155,38 +155,6 @@ def test_card_of_a_conversion(tmp_path):
     assert not (tmp_path / "never").exists()
 
 
-def test_push(tmp_path, capsys, monkeypatch, tokenizer):
-    random_model(tiny_config(151_936)).save_pretrained(tmp_path / "made")
-    convert_hub_to_raw(tmp_path / "made", tmp_path / "raw")
-    tokenizer.save_pretrained(tmp_path / "raw")
-    convert_raw_to_hub(tmp_path / "raw", tmp_path / "hub")
-    push = ["push", str(tmp_path / "hub"), "someone/neo"]
-    capsys.readouterr()
-    assert run(*push, "--dry-run") == 0
-    out = capsys.readouterr().out
-    sizes = {path.name: path.stat().st_size for path in (tmp_path / "hub").iterdir()}
-    assert f"{sizes[WEIGHTS]:>15,}  {WEIGHTS}\n" in out
-    assert f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files to someone/neo\n" in out
-
-    monkeypatch.setattr("neo_hf.publishing.get_token", lambda: None)
-    assert run(*push) == 1
-    assert "There is no Hub token" in capsys.readouterr().err
-    edited = (tmp_path / "hub" / "README.md").read_text() + "\nTrained on what I drew.\n"
-    (tmp_path / "hub" / "README.md").write_text(edited)
-    monkeypatch.setattr("neo_hf.publishing.get_token", lambda: "hf_x")
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    assert run(*push) == 1
-    assert "Publishing to someone/neo failed" in capsys.readouterr().err
-    # The card's examples load what was pushed; the rest of the card is as its owner left it.
-    card = (tmp_path / "hub" / "README.md").read_text()
-    assert 'model_id = "your-username/hub"' in edited
-    assert card == edited.replace('model_id = "your-username/hub"', 'model_id = "someone/neo"')
-
-    (tmp_path / "hub" / "processor_config.json").unlink()
-    assert run(*push, "--dry-run") == 1
-    assert "lacks processor_config.json" in capsys.readouterr().err
-
-
 def run(*argv):
     with pytest.raises(SystemExit) as stop:
         main([*argv])
@@ -205,7 +173,7 @@ def test_command_line(tmp_path, capsys, golden):
     assert run("export", hub, back) == 0
     assert_same(read_all(back), read_all(RAW))
     assert run("export", hub, back) == 1
-    assert "exists. Give --force" in capsys.readouterr().err
+    assert "exists; force=True replaces it" in capsys.readouterr().err
     (tmp_path / "raw" / "stale.txt").touch()
     assert run("export", hub, back, "--force") == 0
     assert "Verified" not in capsys.readouterr().out
@@ -387,12 +355,12 @@ NORM = "language_model.model.norm.weight"
         (lambda f: (f / "config.json").write_text("{"), "valid JSON"),
         (lambda f: change_config(f, llm_config={"head_dim": 30}), "head_dim must be .* got 30"),
         (lambda f: shards(f, moved={3: "c.safetensors"}), r"c\.safetensors .* is missing"),
-        (lambda f: shards(f, moved={3: "../a.safetensors"}), r"'\.\./a\.safetensors'.*beside their index"),
-        (lambda f: shards(f, moved={3: "b.safetensors"}), "differ in which tensors it holds: language_model"),
-        (duplicate, "holds again what an earlier shard holds: language_model"),
-        (lambda f: (f / f"{WEIGHTS}.index.json").write_text("[]"), "is no index of shards"),
-        (lambda f: (f / f"{WEIGHTS}.index.json").write_text('{"weight_map": []}'), "is no index of shards"),
-        (lambda f: (f / "config.json").write_text("[]"), "is no configuration of NEO"),
+        (lambda f: shards(f, moved={3: "../a.safetensors"}), r"'\.\./a\.safetensors'.*same folder as their index"),
+        (lambda f: shards(f, moved={3: "b.safetensors"}), "disagree on these tensors: language_model"),
+        (duplicate, "repeats tensors of an earlier shard: language_model"),
+        (lambda f: (f / f"{WEIGHTS}.index.json").write_text("[]"), "is not a shard index"),
+        (lambda f: (f / f"{WEIGHTS}.index.json").write_text('{"weight_map": []}'), "is not a shard index"),
+        (lambda f: (f / "config.json").write_text("[]"), "is not a NEO configuration"),
         (lambda f: change_weights(f, lambda t: t.update({NORM: torch.ones(64).to(torch.float8_e4m3fn)})), "F8_E4M3"),
         (lambda f: change_weights(f, lambda t: t.update(extra=torch.ones(2))), "left over: extra"),
         (lambda f: change_weights(f, lambda t: t.pop(NORM)), r"missing: model\.language_model\.norm\.weight"),
@@ -437,7 +405,7 @@ def test_bad_tokenizer(raw, tmp_path, tokenizer):
     with pytest.raises(ValueError, match="holds no tokenizer"):
         convert_raw_to_hub(raw, tmp_path / "hub", tokenizer=tmp_path)
     tokenizer.save_pretrained(raw)
-    with pytest.raises(ValueError, match=r"151682 tokens .* but the vocabulary of the model 512"):
+    with pytest.raises(ValueError, match=r"151682 tokens .* but the vocabulary of the model has 512"):
         convert_raw_to_hub(raw, tmp_path / "hub")
     (raw / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"The tokenizer in .* cannot be read"):
@@ -465,15 +433,15 @@ def test_killed_at_any_moment(tmp_path):
     convert_hub_to_raw(tmp_path / "made", tmp_path / "raw")
     expected = read_all(tmp_path / "made")
     script = f"""
-import neo_hf.conversion, time
-write = neo_hf.conversion.write_shards
+import neo_hf.conversion.target, time
+write = neo_hf.conversion.target.write_shards
 def slow(folder, infos, read, size):
     def wait(name):
         time.sleep(0.01)
         return read(name)
     print("started", flush=True)
     write(folder, infos, wait, size)
-neo_hf.conversion.write_shards = slow
+neo_hf.conversion.target.write_shards = slow
 neo_hf.conversion.convert_raw_to_hub({str(tmp_path / "raw")!r}, {str(tmp_path / "hub")!r}, max_shard_size="4MB")
 """
     outcomes = set()
@@ -523,6 +491,17 @@ def test_init_from_qwen3(tmp_path):
     assert not torch.equal(read_all(tmp_path / "other")["model.patch_embed.patch_embedding.weight"], weight)
 
 
+def test_random_weights_follow_the_initializer_range(tmp_path):
+    shutil.copytree(QWEN3, tmp_path / "llm")
+    change_config(tmp_path / "llm", initializer_range=0.1)
+    init_from_qwen3(tmp_path / "llm", tmp_path / "neo", num_pre_buffer_layers=2)
+    found = read_all(tmp_path / "neo")
+    layers = [found[f"model.language_model.layers.{i}.mlp.up_proj.weight"] for i in range(2)]
+    assert all(0.09 < layer.std() < 0.11 for layer in layers)
+    assert not torch.equal(*layers)
+    assert 4.5 / 768**0.5 < found["model.patch_embed.patch_embedding.weight"].abs().max() <= 5 / 768**0.5
+
+
 def test_without_pre_buffer_it_writes_what_qwen3_writes(tmp_path):
     assert run("init", str(QWEN3), str(tmp_path / "neo"), "--num-pre-buffer-layers", "0") == 0
     recorded = load_file(GOLDEN / "qwen3_init" / "qwen3_text.safetensors")
@@ -565,13 +544,13 @@ def test_pre_buffer(tmp_path):
     (tmp_path / "asset" / "config.json").write_text(json.dumps(config))
     graft_pre_buffer(tmp_path / "asset", QWEN3, tmp_path / "other axes")
     rope = NeoConfig.from_pretrained(tmp_path / "other axes").text_config.rope_parameters
-    assert {axis: one["rope_theta"] for axis, one in rope.items()} == {"temporal": 1e6, "height": 5e3, "width": 5e3}
+    assert [rope[axis]["rope_theta"] for axis in ("temporal", "height", "width")] == [1e6, 5e3, 5e3]
 
     shutil.copytree(QWEN3, tmp_path / "wide")
     change_config(tmp_path / "wide", intermediate_size=256)
-    with pytest.raises(ValueError, match="intermediate_size: 128 against 256"):
+    with pytest.raises(ValueError, match="intermediate_size: 128 and 256"):
         graft_pre_buffer(tmp_path / "asset", tmp_path / "wide", tmp_path / "out")
-    with pytest.raises(ValueError, match="is no pre-Buffer"):
+    with pytest.raises(ValueError, match="is not a pre-Buffer"):
         graft_pre_buffer(tmp_path / "neo", QWEN3, tmp_path / "out")
     with pytest.raises(ValueError, match="unknown depth"):
         extract_pre_buffer(RAW, tmp_path / "out")

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from neo_hf.indexing_neo import document_starts
 from neo_hf.loss_neo import NeoOutputHead
-from neo_hf.raw_checkpoint import RAW_TO_NEO
+from neo_hf.raw import RAW_TO_NEO
 from neo_hf.training import NeoTrainer, NonFiniteLossError, prepare_for_stage
 
 

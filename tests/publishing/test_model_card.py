@@ -15,7 +15,7 @@ from helpers import ROOT, random_model, tiny_config
 from huggingface_hub import ModelCard
 
 from neo_hf import __version__
-from neo_hf.model_card import Provenance, count_parameters, load_release, released_config, render_model_card
+from neo_hf.publishing.model_card import Provenance, count_parameters, load_release, released_config, render_model_card
 
 FOLDER = ROOT / "model_cards"
 CHECKPOINTS = list(load_release()["checkpoints"])
@@ -94,9 +94,10 @@ def test_architecture(size, depth, pre_buffer):
     assert f"| of these in the patch embedding | {patches:,} |" in text
 
 
+@pytest.mark.parametrize("depth", [2, None])
 @pytest.mark.parametrize("tie", [True, False])
-def test_parameters_are_those_of_a_real_model(tie):
-    config = tiny_config(tie_word_embeddings=tie)
+def test_parameters_are_those_of_a_real_model(tie, depth):
+    config = tiny_config(tie_word_embeddings=tie, text_config={"num_pre_buffer_layers": depth})
     model = random_model(config)
     assert count_parameters(config)["total"] == sum(parameter.numel() for parameter in model.parameters())
 

@@ -1,6 +1,7 @@
 """Raw checkpoints are read as they are."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -9,8 +10,8 @@ from helpers import EOS, GOLDEN, IMAGE, IMAGE_START, golden_case
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
-from neo_hf import NeoConfig, NeoForConditionalGeneration
-from neo_hf.configuration_neo import raw_config_to_neo
+from neo_hf import NeoConfig, NeoForConditionalGeneration, NeoModel
+from neo_hf.raw import raw_config_to_neo
 
 RAW = GOLDEN / "neo_tiny" / "raw"
 IDS = {"image_token_id": IMAGE, "image_start_token_id": IMAGE_START}
@@ -93,14 +94,41 @@ def test_pickle_with_code_is_refused(raw):
         load(folder)
 
 
+def test_base_model(tmp_path):
+    """`NeoModel` gets the same weights, and saves them under its own names; only the head is left out."""
+    model, info = NeoModel.from_pretrained(RAW, **IDS, output_loading_info=True)
+    assert info["unexpected_keys"] == {"lm_head.weight"}
+    assert not info["missing_keys"]
+    whole = load(RAW)
+    assert model.state_dict().keys() == whole.model.state_dict().keys()
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    for saved, expected in ((model, model.state_dict()), (NeoModel(model.config), model.state_dict())):
+        saved.save_pretrained(tmp_path)
+        assert load_file(tmp_path / "model.safetensors").keys() == expected.keys()
+
+
+def test_rotary_frequencies_are_ignored(raw):
+    folder, _, tensors = raw
+    tensors["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert NeoForConditionalGeneration.from_pretrained(folder).can_generate()
+
+
 @pytest.mark.parametrize("tied_by_config", [True, False])
-def test_absent_head_is_the_embedding(raw, tied_by_config):
+def test_absent_head_is_the_embedding(raw, tied_by_config, caplog):
     folder, config, tensors = raw
     del tensors["language_model.lm_head.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config["llm_config"]["tie_word_embeddings"] = tied_by_config
     write_config(folder, config)
-    model = load(folder)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        model = load(folder)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "MISSING" not in caplog.text  # the load report would say that the head is newly initialised
     assert model.config.tie_word_embeddings is True
     assert model.lm_head.weight is model.get_input_embeddings().weight
     torch.testing.assert_close(model.lm_head.weight, tensors["language_model.model.embed_tokens.weight"])
@@ -146,7 +174,8 @@ def test_config(raw):
     # As newer versions of transformers write it.
     config["llm_config"] |= {"rope_parameters": {"rope_type": "default", "rope_theta": 3e6}}
     assert NeoConfig.from_dict(config).text_config.rope_parameters["temporal"]["rope_theta"] == 3e6
-    thetas = {axis: rope["rope_theta"] for axis, rope in trained.text_config.rope_parameters.items()}
+    rope = trained.text_config.rope_parameters
+    thetas = {axis: rope[axis]["rope_theta"] for axis in ("temporal", "height", "width")}
     assert thetas == {"temporal": 5e6, "height": 1e5, "width": 1e5}
     assert trained.vision_config.rope_parameters["rope_theta"] == 1000
     assert trained.vision_config.spatial_merge_size == 2
@@ -175,7 +204,7 @@ def test_released_depths(raw, layers, pre_buffer):
         ("llm_config", {"rope_scaling": {"type": "yarn"}}, "yarn"),
         ("llm_config", {"head_dim": 30}, "head_dim must be a positive multiple of 4 .* got 30"),
         ("llm_config", {"extra_num_layers": 9}, r"between 0 and num_hidden_layers \(5\), got 9"),
-        ("vision_config", {"llm_hidden_size": 65}, "llm_hidden_size is 65, but llm_config.hidden_size 64"),
+        ("vision_config", {"llm_hidden_size": 65}, "llm_hidden_size is 65, but llm_config.hidden_size is 64"),
         ("vision_config", {"hidden_size": 46}, "got 46"),
     ],
 )
@@ -194,16 +223,18 @@ def test_truncated_weights(raw):
         load(folder)
 
 
-def test_mismatched_weights(raw):
+@pytest.mark.parametrize("model_class", [NeoForConditionalGeneration, NeoModel])
+def test_mismatched_weights(raw, model_class):
     folder, config, _ = raw
     config["llm_config"]["intermediate_size"] = 161
     write_config(folder, config)
     with pytest.raises(RuntimeError, match=r"(?i)size|shape|mismatch"):
-        load(folder)
+        model_class.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("model_class", [NeoForConditionalGeneration, NeoModel])
 @pytest.mark.parametrize("change", ["missing", "left over"])
-def test_every_key_is_accounted_for(raw, change):
+def test_every_key_is_accounted_for(raw, change, model_class):
     folder, _, tensors = raw
     name = "language_model.model.layers.1.self_attn.q_proj_hw.weight"
     tensors[name if change == "left over" else "spare"] = tensors.pop(name) if change == "missing" else torch.ones(2)
@@ -212,7 +243,7 @@ def test_every_key_is_accounted_for(raw, change):
         tensors[name] = load_file(RAW / "model.safetensors")[name]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"does not fit its configuration: .*'spare'"):
-        load(folder)
+        model_class.from_pretrained(folder)
 
 
 def test_generation_config(raw):

@@ -1,6 +1,7 @@
-"""Publish a folder in Hub format."""
+"""Folders in Hub format: checked and pushed."""
 
-from .checkpoint import open_checkpoint
+from ..conversion.target import shipped_files
+from ..conversion.weights import open_checkpoint
 from .model_card import set_model_id
 
 from pathlib import Path
@@ -20,16 +21,16 @@ REQUIRED = (
 
 def check_complete(folder: str | Path) -> dict[str, int]:
     """
-    What would be published: size in bytes of each file.
+    The files that would be published, with their sizes in bytes.
 
     Raises:
-        ValueError: lists the files that a complete repository of NEO lacks, or says what is wrong with the weights.
+        ValueError: Lists the files that are missing, or says what is wrong with the weights.
     """
     folder = Path(folder)
-    code = sorted(file.name for file in Path(__file__).parent.glob("*_neo.py"))
-    missing = [name for name in (*REQUIRED, *code) if not (folder / name).is_file()]
+    required = [*REQUIRED, *(file.name for file in shipped_files())]
+    missing = [name for name in required if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{folder} is not complete, it lacks {', '.join(missing)}.")
+        raise ValueError(f"{folder} is incomplete, it lacks {', '.join(missing)}.")
     open_checkpoint(folder)
     return {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
 
@@ -43,21 +44,21 @@ def push(
     create_pr: bool = False,
 ) -> str:
     """
-    Publish a complete folder. An interrupted upload goes on where it stopped when it is started again. The examples in
-    the folder's card are made to load `repo_id`.
+    Publish a complete folder. An interrupted upload resumes when it is started again. The examples in the folder's
+    card are changed to load `repo_id`.
 
     Args:
-        folder: in Hub format.
-        repo_id: "user/name"; made where it does not exist.
-        private: of a new repository.
-        revision: branch to push to; made where it does not exist.
-        create_pr: open a pull request instead.
+        folder: Folder in Hub format.
+        repo_id: "user/name"; created if it does not exist.
+        private: Make a new repository private.
+        revision: Branch to push to; created if it does not exist.
+        create_pr: Open a pull request instead.
 
     Returns:
-        Address of the commit or pull request.
+        URL of the commit or pull request.
 
     Raises:
-        ValueError: the folder is not complete; or in one sentence, why the Hub could not be reached or refused.
+        ValueError: The folder is incomplete, or the Hub refused or could not be reached.
     """
     check_complete(folder)
     if get_token() is None:

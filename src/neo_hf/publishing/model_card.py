@@ -1,8 +1,8 @@
-"""Model cards, of the released checkpoints and of any other: one template, one data file, both in `templates/`."""
+"""Model cards of the released checkpoints and of any other, from one template and one data file in `templates/`."""
 
-from ._version import __version__
-from .configuration_neo import NeoConfig
-from .modeling_neo import NeoForConditionalGeneration
+from .._version import __version__
+from ..configuration_neo import NeoConfig
+from ..modeling_neo import NeoForConditionalGeneration
 
 import re
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-TEMPLATES = files("neo_hf") / "templates"
+TEMPLATES = files(__package__) / "templates"
 
 # The line of the card's examples that says where they load the model from.
 MODEL_ID_LINE = re.compile(r'^model_id = "(.*)"$', flags=re.MULTILINE)
@@ -27,9 +27,9 @@ class Provenance:
     """
     Where converted weights come from.
 
-    source: Hub id or path of what was converted, as the card is to show it.
-    sha256: hexadecimal SHA-256 of each input file, by file name.
-    converter: name and version of what converted it.
+    source: Hub id or path of the source, as the card shows it.
+    sha256: Hexadecimal SHA-256 of each input file, by file name.
+    converter: Name and version of the converter.
     """
 
     source: str
@@ -48,20 +48,30 @@ def released_config(checkpoint: str) -> NeoConfig:
     Configuration of a released checkpoint, e.g. "Paranioar/NEO1_0-2B-SFT".
 
     Raises:
-        ValueError: there is no such checkpoint.
+        ValueError: There is no such checkpoint.
     """
     return NeoConfig(**load_release()["sizes"][_released(checkpoint)["size"]]["config"])
 
 
 def count_parameters(config: NeoConfig) -> dict[str, int]:
-    """Parameters of the whole model (`total`) and of its parts, without allocating them. A tied head counts once."""
+    """
+    Parameters of the model (`total`) and of its parts, in order, without allocating them. A tied head counts once, as
+    the token embedding. If the depth of the pre-Buffer is unknown, `layers` replaces `pre_buffer` and `post_llm`.
+    """
     with torch.device("meta"):
         model = NeoForConditionalGeneration(config)
+    decoder = model.model.language_model
     parts: dict[str, torch.nn.Module] = {"patch_embedding": model.model.patch_embed}
-    if config.text_config.num_pre_buffer_layers is not None:
-        parts |= {"pre_buffer": model.model.pre_buffer, "post_llm": model.model.post_llm}
+    parts["token_embedding"] = decoder.embed_tokens
+    if config.text_config.num_pre_buffer_layers is None:
+        parts["layers"] = decoder.layers
+    else:
+        parts |= {"pre_buffer": model.pre_buffer, "post_llm": model.post_llm}
+    parts["norm"] = decoder.norm
+    if not config.tie_word_embeddings:
+        parts["head"] = model.lm_head
     counts = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
-    return {"total": model.num_parameters(), **counts}
+    return {"total": sum(counts.values()), **counts}
 
 
 def render_model_card(
@@ -75,13 +85,12 @@ def render_model_card(
     The model card of a checkpoint in the layout of `save_pretrained`.
 
     Args:
-        config: of the checkpoint; the figures of the architecture follow from it.
+        config: Configuration of the checkpoint, from which the figures of the architecture follow.
         model_id: Hub id or folder from which the card's examples load it; its last part is the title.
         released: Hub id of the released checkpoint whose weights these are: the card then has its licence, training
-            data and published results. `None`: the card says only what the configuration and `provenance` tell.
-        provenance: of converted weights.
-        license: identifier of the licence, as the Hub writes it. Defaults to that of the released checkpoint, else
-            "unknown".
+            data and published results. `None`: the card only says what follows from `config` and `provenance`.
+        provenance: Origin of converted weights.
+        license: Licence identifier, as the Hub spells it. Defaults to that of the released checkpoint, else "unknown".
 
     Raises:
         ValueError: `released` is not a released checkpoint.

@@ -1,13 +1,11 @@
-"""Checkpoints on disk, read and written tensor by tensor: peak memory does not depend on the model's size."""
+"""Checkpoints on disk, read and written tensor by tensor: peak memory is independent of the model's size."""
 
-import contextlib
 import hashlib
 import json
 import pickle
-import shutil
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,7 +30,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor before it is read."""
+    """Shape and dtype of a tensor, known before it is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -45,11 +43,11 @@ class TensorInfo:
 @dataclass
 class Checkpoint:
     """
-    The tensors of a checkpoint, by name, in the order of their files.
+    The tensors of a checkpoint by name, in the order of their files.
 
-    infos: shape and dtype of each tensor.
-    read: reads one tensor.
-    files: what it was read from.
+    infos: Shape and dtype of each tensor.
+    readers: Function that reads each tensor.
+    files: Files that hold the weights.
     """
 
     infos: dict[str, TensorInfo] = field(default_factory=dict)
@@ -62,12 +60,13 @@ class Checkpoint:
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
     """
-    Open the weights in a folder: `model.safetensors` or `pytorch_model.bin`, one file or shards with an index; a
-    folder of torch.distributed.checkpoint (FSDP), itself or below as the Trainer writes it; a DeepSpeed ZeRO folder.
+    Open the weights in a folder: `model.safetensors` or `pytorch_model.bin`, in one file or in shards with an index; a
+    folder of torch.distributed.checkpoint (FSDP), or one that holds it as the Trainer writes it; a DeepSpeed ZeRO
+    folder.
 
     Raises:
-        ValueError: there are none, or a file is missing, truncated, outside of the folder, holds a tensor twice or
-            holds more than plain tensors. Names the file.
+        ValueError: There are no weights, or a file is missing, truncated, outside the folder, holds a tensor for the
+            second time or anything but plain tensors. The message names the file.
     """
     folder = Path(folder)
     for stem, opener in (("model.safetensors", _open_safetensors), ("pytorch_model.bin", _open_pickles)):
@@ -87,16 +86,16 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def _files_of_index(index: Path) -> dict[Path, set[str] | None]:
-    """Names that the index expects, by shard."""
+    """The names that an index lists for each shard."""
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         files = {name: str(file) for name, file in weight_map.items()}
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of shards: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{index} is not a shard index: {type(error).__name__}: {error}") from error
     shards: dict[Path, set[str] | None] = {}
     for name, file in files.items():
         if Path(file).name != file:
-            raise ValueError(f"{index} names {file!r} for {name}: shards lie beside their index.")
+            raise ValueError(f"{index} names {file!r} for {name}: shards must be in the same folder as their index.")
         if not (index.parent / file).is_file():
             raise ValueError(f"{index} names {file} for {name}, which is missing.")
         names = shards.setdefault(index.parent / file, set())
@@ -107,17 +106,17 @@ def _files_of_index(index: Path) -> dict[Path, set[str] | None]:
 
 def _compare_with_index(file: Path, found: set[str], expected: set[str] | None, earlier: Mapping[str, object]):
     if twice := sorted(found & set(earlier)):
-        raise ValueError(f"{file} holds again what an earlier shard holds: {', '.join(twice)}.")
+        raise ValueError(f"{file} repeats tensors of an earlier shard: {', '.join(twice)}.")
     if expected is not None and found != expected:
         differing = ", ".join(sorted(found ^ expected))
-        raise ValueError(f"{file} and its index differ in which tensors it holds: {differing}.")
+        raise ValueError(f"{file} and its index disagree on these tensors: {differing}.")
 
 
 def _open_safetensors(files: Mapping[Path, set[str] | None]) -> Checkpoint:
     checkpoint = Checkpoint(files=[*files])
 
     def read(file: Path, name: str) -> torch.Tensor:
-        with safe_open(file, framework="pt") as opened:  # anew each time, so that pages read before can go
+        with safe_open(file, framework="pt") as opened:  # opened every time, so that pages read before can be freed
             return opened.get_tensor(name)
 
     for file, expected in files.items():
@@ -140,7 +139,7 @@ def _open_pickles(files: Mapping[Path, set[str] | None]) -> Checkpoint:
     checkpoint = Checkpoint(files=[*files])
     for file, expected in files.items():
         try:
-            # Only the format of torch 1.6 and newer, a zip file, can be read piece by piece.
+            # Only zip files, the format since torch 1.6, can be memory-mapped.
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise ValueError(f"{file} cannot be read as plain tensors: {error}") from error
@@ -161,7 +160,7 @@ def _open_distributed(folder: Path) -> Checkpoint:
 
     try:
         entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    except Exception as error:  # torch's reader unpickles; what it raises depends on where the file is broken
+    except Exception as error:  # torch's reader unpickles, and raises whatever the broken part causes
         raise ValueError(f"{folder / '.metadata'} cannot be read: {type(error).__name__}: {error}") from error
 
     def read(name: str, info: TensorInfo) -> torch.Tensor:
@@ -182,7 +181,7 @@ def _open_zero(folder: Path) -> Checkpoint:
     try:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     except ImportError as error:
-        raise ValueError(f"{folder} is a DeepSpeed folder: install neo-hf[deepspeed] to read it.") from error
+        raise ValueError(f"{folder} is a DeepSpeed folder, which needs `pip install neo-hf[deepspeed]`.") from error
     tensors = get_fp32_state_dict_from_zero_checkpoint(str(folder), lazy_mode=True)
 
     def read(name: str) -> torch.Tensor:
@@ -200,14 +199,15 @@ def write_safetensors(
     progress: tqdm,
 ):
     """
-    Write a file in the safetensors format, holding one tensor in memory at a time (the library wants all at once).
+    Write a safetensors file with one tensor in memory at a time (the library needs them all at once).
 
     Args:
-        path: the file.
-        infos: what goes in; wide dtypes first keeps all aligned.
-        read: gives each tensor, with the shape and dtype of its info.
-        progress: counts bytes.
+        path: The file.
+        infos: Shape and dtype of each tensor.
+        read: Returns a tensor by name, with the shape and dtype of its info.
+        progress: Progress bar in bytes.
     """
+    # Wide dtypes first, which keeps all tensors aligned.
     order = sorted(infos, key=lambda name: -infos[name].dtype.itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -232,7 +232,7 @@ def write_shards(
     read: Callable[[str], torch.Tensor],
     max_shard_size: int | str = "5GB",
 ):
-    """Write `model.safetensors`, or shards of at most `max_shard_size` with their index."""
+    """Write `model.safetensors`, or shards of at most `max_shard_size` and their index."""
     plan = split_state_dict_into_shards_factory(
         dict(infos),
         get_storage_size=lambda info: info.num_bytes,
@@ -246,42 +246,6 @@ def write_shards(
     if plan.is_sharded:
         index = {"metadata": {"total_size": total}, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def new_folder(path: str | Path, force: bool = False, sources: Iterable[Path] = ()) -> Iterator[Path]:
-    """
-    A folder to fill, which gets its name when all went well: whenever the process ends, there is a complete folder of
-    that name or none. What an earlier, killed process left is removed.
-
-    Args:
-        path: the folder to be.
-        force: whether to replace what is there.
-        sources: what it is made of, not to be replaced.
-
-    Raises:
-        ValueError: it exists and `force` is not given, is no folder, or holds a source.
-    """
-    path = Path(path).resolve()
-    if path.exists() and not force:
-        raise ValueError(f"{path} exists. Give --force to replace it.")
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is not a folder.")
-    for source in sources:
-        if source.resolve().is_relative_to(path):
-            raise ValueError(f"{path} would replace its own source {source}.")
-    unfinished, replaced = path.with_name(f".{path.name}.unfinished"), path.with_name(f".{path.name}.replaced")
-    for leftover in (unfinished, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        if path.exists():
-            path.rename(replaced)
-        unfinished.rename(path)
-    finally:
-        for leftover in (unfinished, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def sha256(file: Path) -> str:

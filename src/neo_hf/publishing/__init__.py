@@ -1,0 +1,5 @@
+"""Publishing: model cards, and folders in Hub format pushed to the Hub."""
+
+from .hub import check_complete, push, shipped_files
+
+__all__ = ["check_complete", "push", "shipped_files"]
