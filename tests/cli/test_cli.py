@@ -1,3 +1,4 @@
+import io
 import os
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import torch
 from helpers import GOLDEN
 
 from neo_hf import __version__
-from neo_hf.cli import main
+from neo_hf.image_processing_neo import load_image
 from neo_hf.loading import load_model_and_processor
+from neo_hf_cli import main
+from neo_hf_cli.conversation import Conversation
 
 IMAGE = str(GOLDEN / "preprocess" / "images" / "00_RGB_300x200.png")
 RAW = GOLDEN / "neo_tiny" / "raw"
@@ -47,20 +50,69 @@ def test_question(folder, capsys):
     assert capsys.readouterr().out.strip() == answer(folder, "Same?", images=[IMAGE, IMAGE]).strip()
 
 
-def test_conversation(folder, capsys, monkeypatch):
-    lines = iter(["Hello", "And now?"])
-
-    def ask(prompt):
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", ask)
+def test_conversation_over_a_pipe(folder, capsys, monkeypatch):
+    lines = [
+        "Hello",
+        "",
+        "  ",
+        "/nothing",
+        "/image none.png",
+        "And now?",
+        "/clear",
+        f"/image '{IMAGE}'",
+        "Hello",
+        "/exit",
+    ]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*lines, "not read"])))
     assert run("chat", folder, "--max-new-tokens", "4") == 0
     first = answer(folder, "Hello")
     second = answer(folder, "Hello", first, "And now?")
-    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [first.strip(), second.strip()]
+    third = answer(folder, "Hello", images=[IMAGE])
+    out, err = capsys.readouterr()
+    assert [line.strip() for line in out.splitlines()] == [first.strip(), second.strip(), third.strip()]
+    assert "error: there is no command /nothing." in err
+    assert "error: Cannot read the image none.png" in err
+
+
+def test_what_ctrl_c_leaves_of_a_question(folder):
+    """What was said stays; a question without a word of an answer is forgotten, and its image is not."""
+    model, processor = load_model_and_processor(folder)
+    conversation = Conversation(model, processor, "", [{"type": "image", "image": load_image(IMAGE)}], {}, 4)
+
+    def interrupt(token_ids):
+        raise KeyboardInterrupt
+
+    hook = model.register_forward_pre_hook(lambda *args: interrupt(None))
+    with pytest.raises(KeyboardInterrupt):
+        conversation.ask("Hello")
+    hook.remove()
+    assert not conversation.turns
+    assert len(conversation.media) == 1
+
+    calls = iter([None, None])
+    hook = model.register_forward_pre_hook(lambda *args: next(calls, interrupt) and interrupt(None))
+    with pytest.raises(KeyboardInterrupt):
+        conversation.ask("Hello")
+    hook.remove()
+    question, reply = conversation.turns
+    assert [part["type"] for part in question["content"]] == ["image", "text"]
+    assert reply["content"]
+    assert answer(folder, "Hello", images=[IMAGE]).startswith(reply["content"])
+    assert not conversation.media
+
+
+def test_example_image(capsys):
+    """The first command of the README, whose answer NEO-nano knows."""
+    assert run("chat", "nano", "--image", "example", "Describe the picture.") == 0
+    expected = "a red circle at the top left, a blue square at the top right, a yellow star at the bottom left\n"
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["chat", "--help"], ["convert"]])
+def test_answers_without_torch(argv):
+    """Help and usage errors come before the imports that take seconds."""
+    script = "import sys, neo_hf_cli\ntry: neo_hf_cli.main()\nfinally: sys.exit('torch' in sys.modules or 'neo_hf' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script, *argv], capture_output=True).returncode == 0
 
 
 def test_info(folder, capsys):
@@ -129,7 +181,7 @@ def test_unknown_model_is_refused_without_retries(command, tmp_path):
     with HTTPServer(("127.0.0.1", 0), UnavailableHub) as hub:
         Thread(target=hub.serve_forever, daemon=True).start()
         run = subprocess.run(
-            [sys.executable, "-m", "neo_hf.cli", *command],
+            [sys.executable, "-m", "neo_hf_cli", *command],
             capture_output=True,
             text=True,
             cwd=tmp_path,
