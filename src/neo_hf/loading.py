@@ -18,8 +18,8 @@ EXAMPLE_IMAGE = NANO / "scene.png"  # and something for it to look at
 
 def check_available(name_or_path: str | os.PathLike):
     """
-    Check that a model is a folder, in the cache or on the Hub. This sends at most one request, where transformers would
-    retry for half a minute.
+    Check that a model is a folder, in the cache or on the Hub. This sends at most one request; transformers retries
+    for half a minute.
 
     Raises:
         ValueError: there is no such model, or the Hub cannot be reached.

@@ -2,9 +2,9 @@
 The `neo-hf` command.
 
 This is a package beside `neo_hf`, not inside it: importing any module of `neo_hf` runs its `__init__`, which imports
-torch and transformers to register NEO with the Auto classes. That takes seconds, which `neo-hf --help`, `--version` and
-usage errors should not. The modules that declare the commands therefore import only the standard library and typer, and
-everything else inside the commands.
+torch and transformers to register NEO with the Auto classes. That takes seconds, and `neo-hf --help`, `--version` and
+usage errors should not. The modules that declare the commands therefore import only the standard library and typer,
+and everything else inside the commands.
 """
 
 from . import conversion, inference

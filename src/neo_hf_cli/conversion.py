@@ -33,7 +33,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="ID",
-            help="License of the weights, as the Hub spells it (apache-2.0, mit, ...); by default that of the source.",
+            help="License as the Hub spells it (apache-2.0, mit, ...); by default that of the source.",
         ),
     ] = None,
     verify: Annotated[

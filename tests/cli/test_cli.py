@@ -2,6 +2,7 @@ import io
 import os
 import subprocess
 import sys
+import textwrap
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
@@ -74,31 +75,29 @@ def test_conversation_over_a_pipe(folder, capsys, monkeypatch):
     assert "error: Cannot read the image none.png" in err
 
 
-def test_what_ctrl_c_leaves_of_a_question(folder):
-    """What was said stays; a question without a word of an answer is forgotten, and its image is not."""
+@pytest.mark.parametrize("forwards", [0, 2])
+def test_what_an_interrupt_leaves(folder, forwards):
+    """The part of an answer stays; a question without any is forgotten, and its image goes with the next one."""
     model, processor = load_model_and_processor(folder)
-    conversation = Conversation(model, processor, "", [{"type": "image", "image": load_image(IMAGE)}], {}, 4)
+    image = {"type": "image", "image": load_image(IMAGE)}
+    conversation = Conversation(model, processor, "", [image], {}, max_new_tokens=4)
+    remaining = iter(range(forwards))
 
-    def interrupt(token_ids):
-        raise KeyboardInterrupt
+    def interrupt(*args):
+        if next(remaining, None) is None:
+            raise KeyboardInterrupt
 
-    hook = model.register_forward_pre_hook(lambda *args: interrupt(None))
+    model.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         conversation.ask("Hello")
-    hook.remove()
-    assert not conversation.turns
-    assert len(conversation.media) == 1
-
-    calls = iter([None, None])
-    hook = model.register_forward_pre_hook(lambda *args: next(calls, interrupt) and interrupt(None))
-    with pytest.raises(KeyboardInterrupt):
-        conversation.ask("Hello")
-    hook.remove()
+    if forwards == 0:
+        assert (conversation.turns, conversation.media) == ([], [image])
+        return
     question, reply = conversation.turns
-    assert [part["type"] for part in question["content"]] == ["image", "text"]
+    assert question["content"] == [image, {"type": "text", "text": "Hello"}]
     assert reply["content"]
     assert answer(folder, "Hello", images=[IMAGE]).startswith(reply["content"])
-    assert not conversation.media
+    assert conversation.media == []
 
 
 def test_example_image(capsys):
@@ -111,8 +110,16 @@ def test_example_image(capsys):
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["chat", "--help"], ["convert"]])
 def test_answers_without_torch(argv):
     """Help and usage errors come before the imports that take seconds."""
-    script = "import sys, neo_hf_cli\ntry: neo_hf_cli.main()\nfinally: sys.exit('torch' in sys.modules or 'neo_hf' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script, *argv], capture_output=True).returncode == 0
+    script = """
+        import sys, neo_hf_cli
+        try:
+            neo_hf_cli.main()
+        finally:
+            assert not {"torch", "transformers", "neo_hf"} & set(sys.modules)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script), *argv], capture_output=True, text=True)
+    assert "Usage" in run.stdout + run.stderr or __version__ in run.stdout
+    assert "AssertionError" not in run.stderr
 
 
 def test_info(folder, capsys):
