@@ -2,7 +2,7 @@
 
 import sys
 
-from neo_hf.cli import main
+from neo_hf_cli import main
 
 if __name__ == "__main__":
     main(["export", *sys.argv[1:]])

@@ -73,6 +73,15 @@ def test_readme_links_work_from_pypi(metadata):
             assert (ROOT / link.removeprefix(files).split("#")[0]).exists(), link
 
 
+def test_wheel_has_the_command_and_its_model(dist):
+    with zipfile.ZipFile(dist / f"neo_hf-{__version__}-py3-none-any.whl") as wheel:
+        assert {"neo_hf_cli/__init__.py", "neo_hf/nano/model.safetensors", "neo_hf/nano/scene.png"} <= set(
+            wheel.namelist()
+        )
+        entry_points = wheel.read(f"neo_hf-{__version__}.dist-info/entry_points.txt").decode()
+    assert "neo-hf = neo_hf_cli:main" in entry_points
+
+
 def test_source_distribution_can_run_its_tests(dist):
     """Tests, and all that they read, are in it."""
     with tarfile.open(dist / f"neo_hf-{__version__}.tar.gz") as archive:

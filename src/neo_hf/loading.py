@@ -1,4 +1,4 @@
-"""Open a NEO by name, whatever its layout: a Hub id, a folder in Hub format or a raw checkpoint."""
+"""Load a model and its processor from a Hub id, a folder in Hub format or a raw checkpoint."""
 
 from .configuration_neo import RELEASED_TOKEN_IDS, NeoConfig
 from .image_processing_neo import NeoImageProcessor
@@ -14,12 +14,13 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download,
 from transformers import PreTrainedConfig
 
 NANO = Path(__file__).parent / "nano"  # the model that comes with the package
+EXAMPLE_IMAGE = NANO / "scene.png"  # and something for it to look at
 
 
 def check_available(name_or_path: str | os.PathLike):
     """
-    Refuse a model that is neither a folder, nor in the cache, nor on the Hub. This asks the Hub once; transformers
-    would retry for half a minute.
+    Check that a model is a folder, in the cache or on the Hub. This sends at most one request; transformers retries
+    for half a minute.
 
     Raises:
         ValueError: there is no such model, or the Hub cannot be reached.
@@ -44,26 +45,26 @@ def is_raw(name_or_path: str | os.PathLike) -> bool:
 
 
 def default_image_processor(config: NeoConfig) -> NeoImageProcessor:
-    """The image processor that a configuration asks for."""
+    """Image processor with the patch size and pixel budget of a configuration."""
     names = ("patch_size", "spatial_merge_size", "min_pixels", "max_pixels")
     return NeoImageProcessor(**{name: getattr(config.vision_config, name) for name in names})
 
 
 def load_image_processor(name_or_path: str | os.PathLike) -> NeoImageProcessor:
-    """The image processor of a NEO; that of a raw checkpoint follows from its configuration."""
+    """Image processor of a model. For a raw checkpoint it is derived from the configuration."""
     if not is_raw(name_or_path):
         return NeoImageProcessor.from_pretrained(name_or_path)
     return default_image_processor(NeoConfig.from_pretrained(name_or_path))
 
 
 def load_processor(name_or_path: str | os.PathLike) -> NeoProcessor:
-    """The processor of a NEO; that of a raw checkpoint is put together from its tokenizer and configuration."""
+    """Processor of a model. For a raw checkpoint it is built from the tokenizer and configuration."""
     if not is_raw(name_or_path):
         files = ("processor_config.json", "preprocessor_config.json")
         if os.path.isdir(name_or_path) and not any(os.path.exists(os.path.join(name_or_path, name)) for name in files):
             raise ValueError(
-                f"{name_or_path} has no processor: it needs {files[0]} and a tokenizer, which the processor's "
-                "save_pretrained writes."
+                f"{name_or_path} has no processor. It needs {files[0]} and a tokenizer, as written by "
+                "processor.save_pretrained()."
             )
         return NeoProcessor.from_pretrained(name_or_path)
     folder = name_or_path
@@ -80,11 +81,11 @@ def load_model_and_processor(
     name_or_path: str | os.PathLike, **kwargs
 ) -> tuple[NeoForConditionalGeneration, NeoProcessor]:
     """
-    Model and processor of a NEO.
+    Load a model, in evaluation mode, and its processor.
 
     Args:
-        name_or_path: Hub id, folder in Hub format or raw folder.
-        kwargs: of `NeoForConditionalGeneration.from_pretrained`.
+        name_or_path: Hub id, folder in Hub format or folder of a raw checkpoint.
+        kwargs: passed to `NeoForConditionalGeneration.from_pretrained`.
     """
     processor = load_processor(name_or_path)
     model = NeoForConditionalGeneration.from_pretrained(name_or_path, **kwargs).eval()
@@ -96,7 +97,7 @@ def load_model_and_processor(
 
 def load_nano() -> tuple[NeoForConditionalGeneration, NeoProcessor]:
     """
-    NEO-nano and its processor, in float32: a model of 1.4 million parameters that comes with the package, to try
-    everything on. It knows drawn shapes and digits; its card is `nano/README.md` beside this file.
+    Load NEO-nano and its processor, in float32. The model has 1.46 million parameters, comes with the package and
+    knows drawn shapes and digits (see `nano/README.md`); `EXAMPLE_IMAGE` is a scene to show it.
     """
     return load_model_and_processor(NANO)

@@ -1,6 +1,8 @@
+import io
 import os
 import subprocess
 import sys
+import textwrap
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
@@ -9,8 +11,10 @@ import torch
 from helpers import GOLDEN
 
 from neo_hf import __version__
-from neo_hf.cli import main
+from neo_hf.image_processing_neo import load_image
 from neo_hf.loading import load_model_and_processor
+from neo_hf_cli import main
+from neo_hf_cli.conversation import Conversation
 
 IMAGE = str(GOLDEN / "preprocess" / "images" / "00_RGB_300x200.png")
 RAW = GOLDEN / "neo_tiny" / "raw"
@@ -47,20 +51,75 @@ def test_question(folder, capsys):
     assert capsys.readouterr().out.strip() == answer(folder, "Same?", images=[IMAGE, IMAGE]).strip()
 
 
-def test_conversation(folder, capsys, monkeypatch):
-    lines = iter(["Hello", "And now?"])
-
-    def ask(prompt):
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", ask)
+def test_conversation_over_a_pipe(folder, capsys, monkeypatch):
+    lines = [
+        "Hello",
+        "",
+        "  ",
+        "/nothing",
+        "/image none.png",
+        "And now?",
+        "/clear",
+        f"/image '{IMAGE}'",
+        "Hello",
+        "/exit",
+    ]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*lines, "not read"])))
     assert run("chat", folder, "--max-new-tokens", "4") == 0
     first = answer(folder, "Hello")
     second = answer(folder, "Hello", first, "And now?")
-    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [first.strip(), second.strip()]
+    third = answer(folder, "Hello", images=[IMAGE])
+    out, err = capsys.readouterr()
+    assert [line.strip() for line in out.splitlines()] == [first.strip(), second.strip(), third.strip()]
+    assert "error: there is no command /nothing." in err
+    assert "error: Cannot read the image none.png" in err
+
+
+@pytest.mark.parametrize("forwards", [0, 2])
+def test_what_an_interrupt_leaves(folder, forwards):
+    """The part of an answer stays; a question without any is forgotten, and its image goes with the next one."""
+    model, processor = load_model_and_processor(folder)
+    image = {"type": "image", "image": load_image(IMAGE)}
+    conversation = Conversation(model, processor, "", [image], {}, max_new_tokens=4)
+    remaining = iter(range(forwards))
+
+    def interrupt(*args):
+        if next(remaining, None) is None:
+            raise KeyboardInterrupt
+
+    model.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        conversation.ask("Hello")
+    if forwards == 0:
+        assert (conversation.turns, conversation.media) == ([], [image])
+        return
+    question, reply = conversation.turns
+    assert question["content"] == [image, {"type": "text", "text": "Hello"}]
+    assert reply["content"]
+    assert answer(folder, "Hello", images=[IMAGE]).startswith(reply["content"])
+    assert conversation.media == []
+
+
+def test_example_image(capsys):
+    """The first command of the README, whose answer NEO-nano knows."""
+    assert run("chat", "nano", "--image", "example", "Describe the picture.") == 0
+    expected = "a red circle at the top left, a blue square at the top right, a yellow star at the bottom left\n"
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["chat", "--help"], ["convert"]])
+def test_answers_without_torch(argv):
+    """Help and usage errors come before the imports that take seconds."""
+    script = """
+        import sys, neo_hf_cli
+        try:
+            neo_hf_cli.main()
+        finally:
+            assert not {"torch", "transformers", "neo_hf"} & set(sys.modules)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script), *argv], capture_output=True, text=True)
+    assert "Usage" in run.stdout + run.stderr or __version__ in run.stdout
+    assert "AssertionError" not in run.stderr
 
 
 def test_info(folder, capsys):
@@ -129,7 +188,7 @@ def test_unknown_model_is_refused_without_retries(command, tmp_path):
     with HTTPServer(("127.0.0.1", 0), UnavailableHub) as hub:
         Thread(target=hub.serve_forever, daemon=True).start()
         run = subprocess.run(
-            [sys.executable, "-m", "neo_hf.cli", *command],
+            [sys.executable, "-m", "neo_hf_cli", *command],
             capture_output=True,
             text=True,
             cwd=tmp_path,

@@ -14,9 +14,10 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 
 import neo_hf
-from neo_hf import NeoForConditionalGeneration, cache_neo, cli, doctor, generation_neo, modeling_neo, self_test_neo
+from neo_hf import NeoForConditionalGeneration, cache_neo, doctor, generation_neo, modeling_neo, self_test_neo
 from neo_hf.generation_neo import NeoGenerationMixin
 from neo_hf.self_test_neo import RECORDED_TOKENS, build_model, prompt_inputs, self_test
+from neo_hf_cli import main
 
 DESIGN = ROOT / "docs" / "design.md"
 
@@ -212,7 +213,7 @@ def test_random_numbers_are_left_alone(untested):
 
 def run_doctor():
     with pytest.raises(SystemExit) as stop:
-        cli.main(["doctor"])
+        main(["doctor"])
     return stop.value.code
 
 

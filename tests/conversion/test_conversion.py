@@ -16,7 +16,6 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from neo_hf import NeoConfig, NeoForConditionalGeneration, NeoProcessor
-from neo_hf.cli import main
 from neo_hf.conversion import (
     convert_hub_to_raw,
     convert_raw_to_hub,
@@ -26,6 +25,7 @@ from neo_hf.conversion import (
 )
 from neo_hf.raw import raw_to_neo_name
 from neo_hf.tokenization import NEO_SPECIAL_TOKENS
+from neo_hf_cli import main
 
 RAW = GOLDEN / "neo_tiny" / "raw"
 QWEN3 = GOLDEN / "qwen3_init" / "qwen3"

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 from world import QUADRANTS, World, article, is_test
 
 from neo_hf import load_nano
-from neo_hf.cli import main as cli
+from neo_hf_cli import main as cli
 
 EXAMPLES = ROOT / "examples"
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 import neo_hf
 from neo_hf import NeoImageProcessor, NeoProcessor, visualize
-from neo_hf.cli import main
 from neo_hf.visualize import ImageUnit, TextUnit
+from neo_hf_cli import main
 
 PHOTO = str(GOLDEN / "preprocess" / "images" / "00_RGB_300x200.png")
 QUESTION = "Which costs $\\frac$ more?"
