@@ -56,7 +56,7 @@ def draw_bubble(ax: Axes, x: float, y: float, text: str, color: str) -> float:
 
 
 def draw_conversation(ax: Axes, turns: list[tuple[list[dict], str]]):
-    """The images of each turn beside its question and answer. `ax` is measured in tenths of an inch from the top left."""
+    """The images of each turn beside its question and answer. `ax` is in tenths of an inch from the top left."""
     ax.axis("off")
     top = 1.0
     for content, reply in turns:
