@@ -95,7 +95,7 @@ def load_model_and_processor(
 
 def load_nano() -> tuple[NeoForConditionalGeneration, NeoProcessor]:
     """
-    NEO-nano and its processor, in float32: a model of 1.4 million parameters that comes with the package, to try
+    NEO-nano and its processor, in float32: a model of 1.5 million parameters that comes with the package, to try
     everything on. It knows drawn shapes and digits; its card is `nano/README.md` beside this file.
     """
     return load_model_and_processor(NANO)
