@@ -16,8 +16,7 @@ from PIL import Image
 
 from neo_hf import NeoForConditionalGeneration, NeoProcessor, load_nano, visualize
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from nano.world import Shape, World, draw  # noqa: E402
@@ -76,7 +75,7 @@ def draw_conversation(ax: Axes, turns: list[tuple[list[dict], str]]):
     ax.set(xlim=(0, width), ylim=(height, 0))
 
 
-def conversation(model: NeoForConditionalGeneration, processor: NeoProcessor, turns: list[list[dict]]):
+def conversation(model: NeoForConditionalGeneration, processor: NeoProcessor, turns: list[list[dict]]) -> Figure:
     figure = Figure(figsize=(14, 5.7))
     figure.text(0.01, 0.95, "A conversation with NEO-nano", fontsize=13, weight="bold")
     figure.text(0.43, 0.95, "What the model sees when asked what changed", fontsize=13, weight="bold")
@@ -94,10 +93,10 @@ def conversation(model: NeoForConditionalGeneration, processor: NeoProcessor, tu
     for number, left in enumerate((0.69, 0.85)):
         visualize.plot_attention(prompt, weights, number, figure.add_axes((left, 0.085, 0.14, 0.36)))
     figure.text(0.69, 0.485, "Attention of the first answer token over the images", fontsize=10)
-    visualize.save(figure, HERE / "conversation.png")
+    return figure
 
 
-def speed():
+def speed() -> Figure:
     """NEO and Qwen3-VL side by side, from the tables of the last run."""
     run = (ROOT / "benchmarks" / "RESULTS.md").read_text().split("### Speed (`speed.py`)")[-1]
     first = re.findall(r"^\| (one [^|]*|16 [^|]*) \| \d+ \| ([\d.]+) s \| ([\d.]+) s \|", run, re.MULTILINE)
@@ -117,21 +116,22 @@ def speed():
         ax.spines[["top", "right"]].set_visible(False)
         ax.margins(y=0.3)
         ax.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
-    visualize.save(figure, HERE / "speed.png")
+    return figure
 
 
-def main():
+def main(folder: Path = Path(__file__).parent):
     model, processor = load_nano()
     shapes = [Shape("red", "circle", 8, 4), Shape("blue", "square", 40, 8), Shape("yellow", "star", 36, 40)]
     scene = draw((64, 64), "white", shapes)
-    scene.save(HERE / "scene.png")
+    scene.save(folder / "scene.png")
     change = World(seed=3, test=True).change_sample()["messages"][0]["content"]
     world = World(seed=7, test=True)
     motion = world.motion_sample()["messages"][0]["content"]
     digits = about(world.draw_digits("407", handwritten=True), "What number is written?")
-    conversation(model, processor, [about(scene, "Describe the picture."), change, motion, digits])
-    visualize.save(visualize.plot_prompt(model, processor, tokenize(processor, change)), HERE / "seen.png")
-    speed()
+    turns = [about(scene, "Describe the picture."), change, motion, digits]
+    visualize.save(conversation(model, processor, turns), folder / "conversation.png")
+    visualize.save(visualize.plot_prompt(model, processor, tokenize(processor, change)), folder / "seen.png")
+    visualize.save(speed(), folder / "speed.png")
 
 
 if __name__ == "__main__":
