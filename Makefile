@@ -8,7 +8,7 @@ FAST := -m "not slow"
 
 test test-floor test-newest: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-floor test-newest lint bench clean
+.PHONY: demo test test-floor test-newest lint docs bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -33,6 +33,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(INSTALLED)
+	$(BIN)/python -m mkdocs build --strict
+
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/speed.py --append benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/attention.py
@@ -48,4 +51,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-floor .venv-newest
+	rm -rf $(VENV) .venv-floor .venv-newest site

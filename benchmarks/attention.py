@@ -38,7 +38,10 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     compiled = torch.compile(flex_attention, dynamic=True)
-    lines = ["| tokens | images of | tiles | SDPA, dense mask | FlexAttention |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| tokens | tokens per image | tiles | SDPA, dense mask | FlexAttention |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for length in (progress := tqdm(args.tokens)):
         for image in (1010, 64):
             progress.set_postfix(tokens=length, image=image)

@@ -65,12 +65,21 @@ def test_metadata(metadata):
 
 def test_readme_links_work_from_pypi(metadata):
     links = re.findall(r"\]\(([^)]+)\)", metadata.get_payload(decode=True).decode())
-    files = f"{PROJECT['urls']['Repository']}/blob/main/"
-    assert sum(link.startswith(files) for link in links) >= 5
+    kinds = {"blob": 0, "raw": 0}  # pages, and images to be shown
     for link in links:
         assert link.startswith(("https://", "#")), link
-        if link.startswith(files):
-            assert (ROOT / link.removeprefix(files).split("#")[0]).exists(), link
+        if found := re.fullmatch(rf"{PROJECT['urls']['Repository']}/(blob|raw)/main/([^#]+)(#.*)?", link):
+            assert (ROOT / found[2]).exists(), link
+            assert (found[1] == "raw") == found[2].endswith(".png"), link
+            kinds[found[1]] += 1
+    assert kinds["blob"] >= 5
+    assert kinds["raw"] >= 2
+
+
+def test_is_typed(dist):
+    """Type checkers take the annotations of an installed package with this file only."""
+    with zipfile.ZipFile(dist / f"neo_hf-{__version__}-py3-none-any.whl") as wheel:
+        assert "neo_hf/py.typed" in wheel.namelist()
 
 
 def test_wheel_has_the_command_and_its_model(dist):
@@ -86,13 +95,13 @@ def test_source_distribution_can_run_its_tests(dist):
     """Tests, and all that they read, are in it."""
     with tarfile.open(dist / f"neo_hf-{__version__}.tar.gz") as archive:
         packed = {name.split("/", 1)[1] for name in archive.getnames()}
-    folders = ("src", "tests", "docs", "examples", "benchmarks", "conversion", "model_cards")
+    folders = ("src", "tests", "docs", "examples", "benchmarks", "conversion", "model_cards", "notebooks")
     files = [
         path.relative_to(ROOT).as_posix()
         for folder in folders
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and not any(p.endswith(".egg-info") for p in path.parts)
     ]
-    files += ["CHANGELOG.md", "LICENSE", "Makefile", "README.md", "pyproject.toml"]
+    files += ["CHANGELOG.md", "LICENSE", "Makefile", "README.md", "mkdocs.yml", "pyproject.toml"]
     files += ["constraints.txt", "constraints-floor.txt"]
     assert set(files) <= packed, set(files) - packed

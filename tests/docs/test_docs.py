@@ -1,4 +1,4 @@
-"""The Python in docs/clients.md runs as printed, one block after another."""
+"""The Python on each page runs as printed, one block after another."""
 
 import re
 import shutil
@@ -8,22 +8,68 @@ import pytest
 from helpers import ROOT
 from PIL import Image
 
-CLIENTS = ROOT / "docs" / "clients.md"
+from neo_hf.conversion import convert_hub_to_raw
+
+CLIENTS = ("datasets", "trl", "peft", "torchao")
+
+
+@pytest.fixture
+def run(hub_folder, clips, tmp_path, monkeypatch, capsys):
+    """Runs the blocks of a page where its files are; gives what they printed."""
+    monkeypatch.chdir(tmp_path)
+    Path("NEO-2B").symlink_to(hub_folder)
+    Path("docs").symlink_to(ROOT / "docs")
+    for name, size in (("photo.jpg", (200, 120)), ("other.jpg", (90, 160))):
+        Image.effect_noise(size, 64).convert("RGB").save(name)
+    shutil.copy(clips / "carphone_pristine.mp4", "video.mp4")
+
+    def run(page: str, **replacements: str) -> str:
+        names: dict = {}
+        blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+        assert blocks
+        for block in blocks:
+            for old, new in replacements.items():
+                block = block.replace(old, new)
+            exec(compile(block, page, "exec"), names)
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_first_answer(run, page, hub_folder):
+    convert_hub_to_raw(hub_folder, "NEO-raw")
+    printed = run(page, **{"Paranioar/NEO1_5-2B-SFT": "NEO-raw"})
+    promised = re.findall(r"^# (a red circle .*)$", (ROOT / page).read_text(), flags=re.MULTILINE)
+    assert promised == [printed.splitlines()[0]]
+
+
+@pytest.mark.parametrize("page", ["images-and-video", "streaming", "design"])
+def test_page(run, page):
+    assert run(f"docs/{page}.md")
 
 
 @pytest.mark.slow
-def test_clients(hub_folder, server, clips, tmp_path, monkeypatch, capsys):
-    for name in ("datasets", "trl", "peft", "torchao"):
+def test_clients(run):
+    for name in CLIENTS:
         pytest.importorskip(name)
-    monkeypatch.chdir(tmp_path)
-    Path("NEO-2B").symlink_to(hub_folder)
-    Image.effect_noise((200, 120), 64).convert("RGB").save("photo.jpg")
-    shutil.copy(clips / "carphone_pristine.mp4", "video.mp4")
-    blocks = re.findall(r"```python\n(.*?)```", CLIENTS.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 7
-    names: dict = {"FOLDER": str(hub_folder)}
-    for block in blocks:
-        # The server has a port and a folder of its own.
-        block = block.replace("http://localhost:8000", server).replace('model="NEO-2B", m', "model=FOLDER, m")
-        exec(compile(block, str(CLIENTS), "exec"), names)
-    assert len(capsys.readouterr().out) > 100
+    assert len(run("docs/clients.md")) > 100
+
+
+@pytest.mark.slow
+def test_serving(run, server, hub_folder):
+    # The server has a port and a folder of its own.
+    assert run("docs/serving.md", **{"http://localhost:8000": server, '"NEO-2B"': f'"{hub_folder}"'})
+
+
+def test_every_page_is_run():
+    """Pages with Python are in the tests above. Training and conversion have tests of their own."""
+    pages = {page.stem for page in ROOT.glob("docs/*.md") if "```python" in page.read_text()}
+    assert pages - {"training", "conversion"} == {
+        "index",
+        "images-and-video",
+        "streaming",
+        "design",
+        "clients",
+        "serving",
+    }

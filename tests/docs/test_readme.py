@@ -1,31 +1,40 @@
-"""The README's Python runs as printed, one block after another."""
+"""What the README and CONTRIBUTING.md say of the rest of the repository is true."""
 
 import re
-import shutil
+import tomllib
 
-from helpers import GOLDEN, ROOT
-from PIL import Image
+from helpers import ROOT
+from packaging.requirements import Requirement
 
-README = ROOT / "README.md"
+from neo_hf.configuration_neo import NEWEST_TESTED
 
-
-def test_snippets(tmp_path, monkeypatch, real_vocabulary_model, processor, tokenizer, clips, capsys):
-    monkeypatch.chdir(tmp_path)
-    real_vocabulary_model.save_pretrained("NEO-2B")
-    processor.save_pretrained("NEO-2B")
-    shutil.copytree(GOLDEN / "neo_tiny" / "raw", "NEO-raw")
-    tokenizer.save_pretrained("NEO-raw")
-    for name, size in (("photo.jpg", (200, 120)), ("other.jpg", (90, 160))):
-        Image.effect_noise(size, 64).convert("RGB").save(name)
-    shutil.copy(clips / "carphone_pristine.mp4", "video.mp4")
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 5
-    names: dict = {}
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), names)
-    assert len(capsys.readouterr().out) > 20
+README = (ROOT / "README.md").read_text()
 
 
 def test_every_file_is_described():
-    described = set(re.findall(r"[\w/]*?(\w+\.py)", README.read_text()))
-    assert {path.name for path in README.parent.glob("src/neo_hf/*.py")} - {"__init__.py", "_version.py"} <= described
+    """The source tree in CONTRIBUTING.md."""
+    described = set(re.findall(r"[\w/]*?(\w+\.py)", (ROOT / "CONTRIBUTING.md").read_text()))
+    assert {path.name for path in ROOT.glob("src/neo_hf/*.py")} - {"__init__.py", "_version.py"} <= described
+
+
+def test_badges():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    minors = [line.rsplit("3.", 1)[1] for line in project["classifiers"] if "Python :: 3." in line]
+    assert f"python-3.{minors[0]}_to_3.{minors[-1]}-" in README
+    transformers = next(line for line in map(Requirement, project["dependencies"]) if line.name == "transformers")
+    lowest = next(specifier.version for specifier in transformers.specifier if specifier.operator == ">=")
+    newest = ".".join(map(str, NEWEST_TESTED))
+    assert f"transformers-{lowest}_to_{newest}-" in README
+    assert f"license-{project['license'].replace('-', '--')}-" in README
+
+
+def test_figures():
+    """Those beside Qwen3-VL's are of the last run, here and on the page of results."""
+    run = (ROOT / "benchmarks" / "RESULTS.md").read_text().split("### Speed (`speed.py`)")[-1]
+    for page in (README, (ROOT / "docs" / "results.md").read_text()):
+        rows = re.findall(r"^\| .+ \| ([\d.]+) (s|ms|MB) \| ([\d.]+) \2 \| ([\d.]+) \|$", page, flags=re.MULTILINE)
+        assert len(rows) == 5
+        for neo, unit, qwen, ratio in rows:
+            assert round(float(neo) / float(qwen), 2) == float(ratio)
+            assert f" {neo} {unit} " in run
+            assert f" {qwen} {unit} " in run
