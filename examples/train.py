@@ -63,7 +63,9 @@ class DataArguments:
         default=None, metadata={"help": "Pack rows of this many tokens; pad to the longest sample by default."}
     )
     loss_weighting: str = field(default="square", metadata={"help": f"{', '.join(LOSS_WEIGHTINGS)}."})
-    num_answers: int = field(default=4, metadata={"help": "Answers to write to output_dir/answers at each evaluation."})
+    num_answers: int = field(
+        default=4, metadata={"help": "Answers to write to output_dir/answers at each evaluation."}
+    )
 
 
 def parse_arguments(argv: list[str]):
@@ -97,7 +99,9 @@ def load(arguments: ModelArguments):
 def sources(files: list[str], root: str | None, weights: list[float] | None = None) -> list[Source]:
     weights = weights or [1.0] * len(files)
     if len(weights) != len(files):
-        raise ValueError(f"train_weights must have one weight per source, got {len(weights)} for {len(files)} sources.")
+        raise ValueError(
+            f"train_weights must have one weight per source, got {len(weights)} for {len(files)} sources."
+        )
     return [
         Source(read(file), root=root, weight=weight, name=file) for file, weight in zip(files, weights, strict=True)
     ]

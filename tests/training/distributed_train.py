@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import deepspeed
 import torch.distributed as dist
 from accelerate.state import DistributedType, PartialState
 from helpers import random_model, tiny_config
@@ -24,6 +25,8 @@ def main(folder, kwargs):
     with tempfile.TemporaryDirectory() as initial:
         random_model(tiny_config(tie_word_embeddings=True)).save_pretrained(initial)
         arguments = training_arguments(folder, **SGD, **kwargs)
+        if arguments.deepspeed:
+            deepspeed.init_distributed("gloo")  # accelerate does this on accelerators only
         model = NeoForConditionalGeneration.from_pretrained(initial)
     assert is_deepspeed_zero3_enabled() == any(p.numel() == 0 for p in model.parameters())
     assert prepare_for_stage(model, "sft").keys() == dict(model.named_parameters()).keys()

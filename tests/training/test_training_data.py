@@ -265,7 +265,10 @@ def test_other_vocabulary_and_patches():
         (chat(["Hi"], "Yes."), "got 'Hi'"),
         (chat({"text": "Hi"}, "Yes."), "`content` must be text or a list of parts, got {'text': 'Hi'}"),
         (chat([{"type": "image", "base64": "?"}], "Yes."), "Cannot read the image 0 bytes"),
-        (conversation("<image><image>", "Yes.", image="a.png"), "has 1 in the column of images, .* 2 places .*<image>"),
+        (
+            conversation("<image><image>", "Yes.", image="a.png"),
+            "has 1 in the column of images, .* 2 places .*<image>",
+        ),
         (conversation("<image>", "Yes.", images=["a.png", "b.png"]), "has 2 in the column of images, .* 1 places"),
         (conversation("Hi", "Yes.", image="a.png"), "has 1 in the column of images, .* 0 places"),
         (conversation("<image>", "Yes."), "has 0 in the column of images, .* 1 places"),

@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 
 def fill_rows(samples: Iterable[dict], max_length: int, buffer_size: int = 64) -> Iterator[list[dict]]:
     """
-    Pack samples into rows (lists) of at most `max_length` tokens, each sample once. A row starts with the oldest sample
-    in the buffer, so that none waits long, and is filled with whichever leaves the least room (best fit; of equal
-    lengths, the oldest). A sample longer than a row gets a row of its own, which `PackedCollator` rejects.
+    Pack samples into rows (lists) of at most `max_length` tokens, each sample once. A row starts with the oldest
+    sample in the buffer, so that none waits long, and is filled with whichever leaves the least room (best fit; of
+    equal lengths, the oldest). A sample longer than a row gets a row of its own, which `PackedCollator` rejects.
     """
     samples = iter(samples)
     buffer: list[dict] = []

@@ -110,7 +110,7 @@ class Source:
     def draw(self, shard: int, num_shards: int, seed: int) -> Iterator[tuple[int, Any]]:
         """
         The share of one of several readers, in the form of `read` but endless. Together, the readers read each record
-        once per pass. Records that can be looked up by number are shuffled again in each pass; others keep their order.
+        once per pass. Records that can be looked up by number are reshuffled in each pass; others keep their order.
         """
         if self.is_map_style:
             total = len(self.records)
@@ -211,7 +211,9 @@ def read_records(path: str | os.PathLike) -> Sequence:
     if suffix == ".jsonl":
         return JsonLines(path)
     if suffix != ".json":
-        raise ValueError(f"A data file must be .json or .jsonl, got {path}. Pass other formats as a `datasets` dataset.")
+        raise ValueError(
+            f"A data file must be .json or .jsonl, got {path}. Pass other formats as a `datasets` dataset."
+        )
     with open(path, encoding="utf-8") as file:
         try:
             records = json.load(file)
