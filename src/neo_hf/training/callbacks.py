@@ -57,8 +57,8 @@ class SampledAnswers(TrainerCallback):
                 inputs |= {"pixel_values": sample["pixel_values"][: sum(sizes)], "image_grid_hw": grids}
                 patches = inputs["pixel_values"].split(sizes)
                 images = [
-                    Image.fromarray(patches_to_image(its_patches, *grid, image_processor))
-                    for its_patches, grid in zip(patches, grids.tolist(), strict=True)
+                    Image.fromarray(patches_to_image(its_patches, rows, columns, image_processor))
+                    for its_patches, (rows, columns) in zip(patches, grids.tolist(), strict=True)
                 ]
             inputs = {name: value.to(args.device) for name, value in inputs.items()}
             output = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
