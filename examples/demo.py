@@ -1,9 +1,11 @@
-"""Asks NEO-nano, the model that comes with the package, about images, a clip and a stream.
+"""Ask NEO-nano, the model that comes with the package, about images, a clip and a stream.
 
-Prints the answers and leaves them with their images on a contact sheet, `demo.png`.
+Prints the answers and writes `demo.png`: the images with questions and answers and, below, what the model sees of the
+question about two images (units, indices, attention mask, where the answer looks). `--seed` draws other scenes.
 """
 
-import random
+import argparse
+import io
 import textwrap
 from pathlib import Path
 
@@ -12,18 +14,23 @@ from PIL import Image, ImageDraw, ImageFont
 
 from neo_hf import NeoForConditionalGeneration, NeoProcessor, load_nano
 from neo_hf.streaming import NeoStream
+from neo_hf.visualize import plot_prompt
 
 Answered = tuple[str, list[Image.Image], list[tuple[str, str]]]  # title, images, questions with answers
 
 
-def ask(model: NeoForConditionalGeneration, processor: NeoProcessor, content: list[dict]) -> str:
-    inputs = processor.apply_chat_template(
+def prepare(processor: NeoProcessor, content: list[dict]):
+    return processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
     )
+
+
+def ask(model: NeoForConditionalGeneration, processor: NeoProcessor, content: list[dict]) -> str:
+    inputs = prepare(processor, content)
     output = model.generate(**inputs, max_new_tokens=48, do_sample=False)
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -32,7 +39,8 @@ def images_of(sample: Sample) -> list[Image.Image]:
     return [part["image"] for part in sample["messages"][0]["content"] if part["type"] == "image"]
 
 
-def contact_sheet(answered: list[Answered]) -> Image.Image:
+def conversation(answered: list[Answered]) -> Image.Image:
+    """The images, with their questions (black) and answers (green) beside them."""
     zoom, margin, line, columns = 2, 16, 24, 64
     rows = [[p.resize((p.width * zoom, p.height * zoom), Image.Resampling.NEAREST) for p in a[1]] for a in answered]
     texts = [
@@ -61,9 +69,27 @@ def contact_sheet(answered: list[Answered]) -> Image.Image:
     return sheet
 
 
+def what_it_sees(model: NeoForConditionalGeneration, processor: NeoProcessor, content: list[dict]) -> Image.Image:
+    file = io.BytesIO()
+    plot_prompt(model, processor, prepare(processor, content)).savefig(file, format="png", dpi=100)
+    return Image.open(file).convert("RGB")
+
+
+def stack(images: list[Image.Image]) -> Image.Image:
+    """The images below one another, each centred."""
+    sheet = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), "white")
+    top = 0
+    for image in images:
+        sheet.paste(image, ((sheet.width - image.width) // 2, top))
+        top += image.height
+    return sheet
+
+
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes, none of which was used in training")
     model, processor = load_nano()
-    world = World(seed=random.randrange(10**6), test=True)
+    world = World(seed=parser.parse_args().seed, test=True)
     answered: list[Answered] = []
 
     scene = world.scene((3, 4), distinct=True)
@@ -78,7 +104,8 @@ def main():
     content = [{"type": "image", "image": digits}, {"type": "text", "text": question}]
     answered.append(("Handwriting", [digits], [(question, ask(model, processor, content))]))
 
-    for title, sample in (("Two images", world.change_sample()), ("A clip", world.motion_sample())):
+    change, clip = world.change_sample(), world.motion_sample()
+    for title, sample in (("Two images", change), ("A clip", clip)):
         content = sample["messages"][0]["content"]
         answered.append((title, images_of(sample), [(content[-1]["text"], ask(model, processor, content))]))
 
@@ -93,8 +120,9 @@ def main():
     for title, _, pairs in answered:
         for question, answer in pairs:
             print(f"{title + ':':<26}{question}\n{'':<26}{answer}")
-    contact_sheet(answered).save("demo.png")
-    print(f"The images with their answers: {Path('demo.png').resolve()}")
+    seen = what_it_sees(model, processor, change["messages"][0]["content"])
+    stack([conversation(answered), seen]).save("demo.png")
+    print(f"The conversation, and what the model sees: {Path('demo.png').resolve()}")
 
 
 if __name__ == "__main__":

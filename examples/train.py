@@ -1,10 +1,10 @@
 """
-Train NEO: any stage, or fine-tuning.
+Train NEO: any stage, or a fine-tune.
 
     python examples/train.py examples/recipes/2b-sft.yaml --model NEO-2B --train_data chats.jsonl --output_dir out
 
-A recipe comes first and gives defaults; options follow. Run again, it goes on from the last checkpoint in output_dir.
-`torchrun` and `accelerate launch` run it on many GPUs; docs/training.md says how.
+The recipe comes first and sets defaults that the options override. Run the same command again to resume from the last
+checkpoint in output_dir. For several GPUs, run it under `torchrun` or `accelerate launch`; see docs/training.md.
 """
 
 import json
@@ -17,7 +17,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from neo_hf import NeoConfig, NeoForConditionalGeneration
-from neo_hf.loading import load_model_and_processor, load_processor
+from neo_hf.loading import NANO, load_model_and_processor, load_processor
 from neo_hf.training import (
     NeoTrainer,
     PackedCollator,
@@ -30,28 +30,42 @@ from neo_hf.training import (
     load_samples,
     prepare_for_stage,
 )
+from neo_hf.training.collators import LOSS_WEIGHTINGS
+from neo_hf.training.stages import STAGES
 
 
 @dataclass
 class ModelArguments:
-    model: str = field(metadata={"help": "Hub id, or a folder: Hub format, raw, or of `neo-hf init`."})
-    stage: str = field(default="sft", metadata={"help": "pretrain, midtrain or sft: what is trained."})
-    random_weights: bool = field(default=False, metadata={"help": "Take only configuration and processor of `model`."})
-    dtype: str = field(default="float32", metadata={"help": "Of the weights; computing in bfloat16 is --bf16."})
-    attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa or flex_attention."})
-    min_pixels: int | None = field(default=None, metadata={"help": "Pixel budget of an image; saved with the model."})
-    max_pixels: int | None = field(default=None, metadata={"help": "Likewise."})
+    model: str = field(metadata={"help": "Hub id; folder in Hub format, raw or from `neo-hf init`; or `nano`."})
+    stage: str = field(default="sft", metadata={"help": f"What to train: {', '.join(STAGES)}."})
+    random_weights: bool = field(
+        default=False, metadata={"help": "Use only the configuration and processor of the model."}
+    )
+    dtype: str = field(default="float32", metadata={"help": "Of the weights; see --bf16 for computing in bfloat16."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "neo, eager, sdpa or flex_attention; by default the model's own, neo."}
+    )
+    min_pixels: int | None = field(default=None, metadata={"help": "Pixel budget per image; saved with the model."})
+    max_pixels: int | None = field(default=None, metadata={"help": "Pixel budget per image; saved with the model."})
 
 
 @dataclass
 class DataArguments:
-    train_data: list[str] = field(metadata={"help": ".json and .jsonl files, or Hub ids of datasets, streamed."})
-    train_weights: list[float] | None = field(default=None, metadata={"help": "How often each is drawn from; equal."})
-    eval_data: list[str] = field(default_factory=list, metadata={"help": ".json and .jsonl files."})
-    data_root: str | None = field(default=None, metadata={"help": "Folder of relative paths of images and videos."})
-    max_length: int | None = field(default=None, metadata={"help": "Pack rows of so many tokens; pad if not given."})
-    loss_weighting: str = field(default="square", metadata={"help": "token, square or sample."})
-    num_answers: int = field(default=4, metadata={"help": "Answers written to output_dir/answers per evaluation."})
+    train_data: list[str] = field(metadata={"help": ".json or .jsonl files, or Hub ids of datasets, streamed."})
+    train_weights: list[float] | None = field(
+        default=None, metadata={"help": "How often to draw from each; equal by default."}
+    )
+    eval_data: list[str] = field(default_factory=list, metadata={"help": ".json or .jsonl files, or Hub ids."})
+    data_root: str | None = field(
+        default=None, metadata={"help": "Folder that relative paths of images and videos start from."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Pack rows of this many tokens; pad to the longest sample by default."}
+    )
+    loss_weighting: str = field(default="square", metadata={"help": f"{', '.join(LOSS_WEIGHTINGS)}."})
+    num_answers: int = field(
+        default=4, metadata={"help": "Answers to write to output_dir/answers at each evaluation."}
+    )
 
 
 def parse_arguments(argv: list[str]):
@@ -66,13 +80,16 @@ def parse_arguments(argv: list[str]):
 
 
 def load(arguments: ModelArguments):
-    options = {"dtype": arguments.dtype, "attn_implementation": arguments.attn_implementation}
+    name = NANO if arguments.model == "nano" else arguments.model
+    options = {"dtype": arguments.dtype}
+    if arguments.attn_implementation is not None:
+        options["attn_implementation"] = arguments.attn_implementation
     if arguments.random_weights:
-        processor = load_processor(arguments.model)
-        config = NeoConfig.from_pretrained(arguments.model)
+        processor = load_processor(name)
+        config = NeoConfig.from_pretrained(name)
         model = NeoForConditionalGeneration._from_config(config, **options)
     else:
-        model, processor = load_model_and_processor(arguments.model, **options)
+        model, processor = load_model_and_processor(name, **options)
     for name in ("min_pixels", "max_pixels"):
         if (value := getattr(arguments, name)) is not None:
             setattr(processor.image_processor, name, value)
@@ -82,7 +99,9 @@ def load(arguments: ModelArguments):
 def sources(files: list[str], root: str | None, weights: list[float] | None = None) -> list[Source]:
     weights = weights or [1.0] * len(files)
     if len(weights) != len(files):
-        raise ValueError(f"train_weights must be one per source, got {len(weights)} for {len(files)} sources.")
+        raise ValueError(
+            f"train_weights must have one weight per source, got {len(weights)} for {len(files)} sources."
+        )
     return [
         Source(read(file), root=root, weight=weight, name=file) for file, weight in zip(files, weights, strict=True)
     ]
@@ -97,7 +116,7 @@ def read(name: str):
 
 
 def last_checkpoint(folder: str) -> str | None:
-    """The last checkpoint that was written to its end: its state, the last file of all, can be read."""
+    """The last complete checkpoint: trainer_state.json, which is written last, can be read."""
     states = Path(folder).glob("checkpoint-[0-9]*/trainer_state.json")
     for path in sorted(states, key=lambda path: int(path.parent.name.split("-")[-1]), reverse=True):
         try:
@@ -111,7 +130,7 @@ def last_checkpoint(folder: str) -> str | None:
 def main():
     model_args, data_args, training_args = parse_arguments(sys.argv[1:])
     logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
-    training_args.remove_unused_columns = False  # Columns are the collator's, not the model's.
+    training_args.remove_unused_columns = False  # the collator needs them, not the model
     set_seed(training_args.seed)
 
     train_sources = sources(data_args.train_data, data_args.data_root, data_args.train_weights)
@@ -126,7 +145,7 @@ def main():
         collator = PaddedCollator(pad, weighting)
     else:
         if too_long := [sample["name"] for sample in eval_samples if len(sample["input_ids"]) > data_args.max_length]:
-            raise ValueError(f"eval_data holds samples of more than {data_args.max_length} tokens: {too_long}.")
+            raise ValueError(f"eval_data has samples of more than {data_args.max_length} tokens: {too_long}.")
         train_data = PackedDataset(train_data, data_args.max_length)
         eval_data = list(fill_rows(eval_samples, data_args.max_length))
         collator = PackedCollator(pad, data_args.max_length, weighting)

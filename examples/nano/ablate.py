@@ -2,11 +2,11 @@
 
     python examples/nano/ablate.py --llm nano-run/llm --output_dir ablation
 
-Five variants of NEO-nano start from the same LLM and see the same samples in the same order, per seed; only the mask
-or the indices differ. They learn scenes of squares in 64 x 64 pixels and are asked about unseen scenes of that size,
-and of 96 x 96 pixels, larger than any in training. Fixed before the first run: variants, seeds, steps, tasks, and that
-the figure to compare is the mean accuracy over the tasks at either size. All variants have the H and W heads; T turns
-with theta 1e6, H and W with 1e4, where the variant does not say otherwise. Runs that are finished are not run again.
+For each seed, five variants of NEO-nano start from the same LLM and see the same samples in the same order; only the
+mask or the indices differ. They are trained on scenes of squares in 64 x 64 pixels and tested on unseen scenes of that
+size and of 96 x 96 pixels, larger than any in training. Fixed before the first run: variants, seeds, steps, tasks and
+the metric, mean accuracy over the tasks at each size. All variants have the H and W heads. Theta is 1e6 for T and 1e4
+for H and W unless stated otherwise. Complete runs are not repeated.
 """
 
 import itertools
@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 from tqdm import tqdm
-from train import Arguments, Encoder, encode_stream, evaluate, optimizers, pack
+from train import Arguments, batches, evaluate, optimizers
 from transformers import HfArgumentParser
 from world import World
 
@@ -37,7 +37,7 @@ VARIANTS = {
 }
 WEIGHTS = {"caption": 1.0, "attribute": 1.0, "count": 1.0}
 SIZES = (64, 96)  # pixels
-KINDS = ("square",)  # what tells the variants apart is where things are
+KINDS = ("square",)  # the variants differ in how they see positions
 
 
 @dataclass
@@ -53,7 +53,7 @@ class AblationArguments:
 
 
 def indices(variant: str, batch: dict, config) -> tuple[torch.Tensor, torch.Tensor]:
-    """The (3, B, L) indices and the (B, 1, L, L) mask, True where attended, of a packed batch."""
+    """The (3, B, L) indices and the (B, 1, L, L) mask, True where a query attends to a key, of a packed batch."""
     ids, documents = batch["input_ids"], batch["document_ids"]
     grids = batch.get("image_grid_hw")
     native = allocate_position_ids(
@@ -75,7 +75,7 @@ def indices(variant: str, batch: dict, config) -> tuple[torch.Tensor, torch.Tens
     if variant == "1d":
         return (places - first).expand(3, -1, -1), mask
     if variant == "mrope":
-        # An image advances the text after it by its longer side, and its rows and columns count from its own start.
+        # The text after an image continues past its longer side; rows and columns count from the start of the image.
         longer = torch.zeros_like(ids)
         is_image = ids == config.image_token_id
         ends = is_image & ~torch.nn.functional.pad(is_image[:, 1:], (0, 1))
@@ -97,11 +97,10 @@ def run(variant: str, seed: int, args: AblationArguments) -> dict:
     if variant == "theta":
         for axis in ("height", "width"):
             model.config.text_config.rope_parameters[axis]["rope_theta"] = 1e6
-    encoder = Encoder(processor)
 
     def forward(batch: dict, **kwargs):
         position_ids, mask = indices(variant, batch, model.config)
-        inputs = {name: value for name, value in batch.items() if name not in ("labels", "document_ids")}
+        inputs = {name: batch[name] for name in ("input_ids", "pixel_values", "image_grid_hw") if name in batch}
         return model(**inputs, position_ids=position_ids, attention_mask=mask, use_cache=False, **kwargs)
 
     both = optimizers(model, Arguments())
@@ -110,9 +109,10 @@ def run(variant: str, seed: int, args: AblationArguments) -> dict:
         return min(1.0, (step + 1) / 50, (args.steps - step) / (0.4 * args.steps))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in both]
-    batches = pack(encode_stream(World(seed, kinds=KINDS).stream(WEIGHTS), encoder), args.rows, args.row_length)
+    records = World(seed, kinds=KINDS).stream(WEIGHTS)
+    stream = itertools.islice(batches(records, processor, args.rows, args.row_length), args.steps)
     model.train()
-    for batch in tqdm(itertools.islice(batches, args.steps), f"{variant} {seed}", total=args.steps, mininterval=10):
+    for batch in tqdm(stream, f"{variant} {seed}", total=args.steps, mininterval=10):
         forward(batch, labels=batch["labels"]).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(both, schedules, strict=True):
@@ -123,7 +123,7 @@ def run(variant: str, seed: int, args: AblationArguments) -> dict:
     accuracy = {
         size: evaluate(
             lambda batch: forward(batch).logits,
-            encoder,
+            processor,
             World(1000 + seed, test=True, sizes=((size, size),), kinds=KINDS),
             args.eval_samples,
             WEIGHTS,
@@ -134,13 +134,13 @@ def run(variant: str, seed: int, args: AblationArguments) -> dict:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval (Student's t over seeds)."""
+    """The mean and the half-width of its 95 % confidence interval (Student's t over seeds)."""
     spread = statistics.stdev(values) / len(values) ** 0.5
     return statistics.fmean(values), float(student.ppf(0.975, len(values) - 1)) * spread
 
 
 def report(results: list[dict], folder: Path):
-    """`table.md` and `ablation.png`: mean accuracy over tasks, and its paired difference from "native", in percent."""
+    """Write `table.md` and `ablation.png`: mean accuracy over tasks, and its paired difference from "native" (%)."""
 
     def mean(result: dict, size: int) -> float:
         return 100 * statistics.fmean(result["accuracy"][str(size)].values())

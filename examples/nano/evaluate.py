@@ -1,4 +1,4 @@
-"""Accuracy of a NEO on the unseen scenes of `world.py`, with its images and with them blanked.
+"""Accuracy of a NEO on unseen scenes of `world.py`, with its images and with blank ones.
 
 python examples/nano/evaluate.py MODEL --count 1000
 """
@@ -18,7 +18,7 @@ from neo_hf.loading import load_model_and_processor
 
 
 def blank(sample: dict) -> dict:
-    """The sample with every image replaced by a grey one of its size."""
+    """The sample with every image replaced by a grey one of the same size."""
     messages = [
         message
         | {

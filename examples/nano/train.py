@@ -1,9 +1,9 @@
-"""Trains NEO-nano from nothing on one CPU: a text-only LLM, then NEO's three stages on the drawn world of `world.py`.
+"""Train NEO-nano from scratch on one CPU: a text-only LLM, then NEO's three stages on the drawn world of `world.py`.
 
     python examples/nano/train.py --output_dir nano-run
 
-leaves `nano-run/NEO-nano`, a Hub-format folder, `log.jsonl` with losses and accuracies, and the folder of each stage.
-An interrupted run goes on after the last stage that was finished.
+writes `nano-run/NEO-nano`, a Hub-format folder, `log.jsonl` with losses and accuracies, and a folder per stage. An
+interrupted run resumes after the last complete stage.
 """
 
 import itertools
@@ -22,15 +22,17 @@ from world import World
 
 from neo_hf import NeoForConditionalGeneration, NeoImageProcessor, NeoProcessor
 from neo_hf.conversion import convert_hub_to_raw, convert_raw_to_hub, init_from_qwen3
+from neo_hf.indexing_neo import document_starts
+from neo_hf.loss_neo import IGNORE_INDEX
 from neo_hf.tokenization import add_neo_tokens
-from neo_hf.training import prepare_for_stage
+from neo_hf.training import PackedCollator, encode_record, fill_rows, prepare_for_stage
 
 TASKS = ("caption", "attribute", "relation", "count", "change", "motion", "digits")
 
 
 @dataclass
 class Stage:
-    """Steps, and the share of each kind of sample. The learning rate falls over the last `decay` of the steps."""
+    """Steps, and the weight of each kind of sample. The learning rate decays over the last `decay` of the steps."""
 
     steps: int
     weights: dict[str, float]
@@ -77,7 +79,7 @@ class Arguments:
 
 
 def train_tokenizer(seed: int) -> Qwen2Tokenizer:
-    """A byte-level vocabulary of the world's words, in Qwen's format, with ChatML's and NEO's special tokens."""
+    """A byte-level tokenizer in Qwen's format for the world's words, with ChatML's and NEO's special tokens."""
     weights = dict.fromkeys((*TASKS, "text"), 1.0)
     samples = itertools.islice(World(seed).stream(weights), 5000)
     corpus = [part.get("text", "") for s in samples for m in s["messages"] for part in m["content"]]
@@ -89,92 +91,13 @@ def train_tokenizer(seed: int) -> Qwen2Tokenizer:
     return add_neo_tokens(tokenizer)
 
 
-class Encoder:
-    """Chat messages to training samples, many at a time."""
-
-    def __init__(self, processor: NeoProcessor):
-        self.processor = processor
-        tokens = processor.tokenizer
-        self.header = tokens.encode("<|im_start|>assistant\n", add_special_tokens=False)
-        self.end = tokens.convert_tokens_to_ids("<|im_end|>")
-
-    def __call__(self, samples: list[dict]) -> list[dict]:
-        texts = [self.processor.apply_chat_template(sample["messages"], tokenize=False) for sample in samples]
-        images = [
-            [part["image"] for message in sample["messages"] for part in message["content"] if part["type"] == "image"]
-            for sample in samples
-        ]
-        inputs = self.processor(text=texts, images=images, padding=False)
-        grids = iter(inputs.get("image_grid_hw", ()))
-        pixels = inputs.get("pixel_values")
-        encoded, first = [], 0
-        for ids, its_images in zip(inputs["input_ids"], images, strict=True):
-            own = [torch.as_tensor(next(grids)) for _ in its_images]
-            count = sum(int(grid.prod()) for grid in own)
-            encoded.append(
-                {
-                    "input_ids": torch.tensor(ids),
-                    "labels": torch.tensor(self.labels(ids)),
-                    "pixel_values": torch.as_tensor(pixels[first : first + count]) if its_images else None,
-                    "image_grid_hw": torch.stack(own) if its_images else None,
-                }
-            )
-            first += count
-        return encoded
-
-    def labels(self, ids: list[int]) -> list[int]:
-        """The assistant's tokens, `<|im_end|>` and newline included; -100 elsewhere."""
-        labels, learnt, n = [-100] * len(ids), False, len(self.header)
-        for place, token in enumerate(ids):
-            if ids[place - n : place] == self.header:
-                learnt = True
-            if learnt:
-                labels[place] = token
-            if place and ids[place - 1] == self.end:
-                learnt = False
-        return labels
-
-
-def pack(samples: Iterable[dict], rows: int, length: int) -> Iterator[dict]:
-    """Batches of `rows` rows of `length` tokens, each sample in the first row with room for it."""
-    packed: list[list[dict]] = [[] for _ in range(rows)]
-    free = [length] * rows
-    for sample in samples:
-        size = len(sample["input_ids"])
-        if size > length:
-            raise ValueError(f"A sample of {size} tokens does not fit into rows of {length}.")
-        row = next((row for row in range(rows) if free[row] >= size), None)
-        if row is None:
-            yield collate(packed, length)
-            packed, free, row = [[] for _ in range(rows)], [length] * rows, 0
-        packed[row].append(sample)
-        free[row] -= size
-
-
-def collate(packed: list[list[dict]], length: int) -> dict:
-    batch = {
-        "input_ids": torch.zeros(len(packed), length, dtype=torch.long),
-        "labels": torch.full((len(packed), length), -100),
-        "document_ids": torch.full((len(packed), length), -1),
-    }
-    for row, samples in enumerate(packed):
-        place = 0
-        for number, sample in enumerate(samples):
-            span = slice(place, place := place + len(sample["input_ids"]))
-            batch["input_ids"][row, span] = sample["input_ids"]
-            batch["labels"][row, span] = sample["labels"]
-            batch["document_ids"][row, span] = number
-    for name in ("pixel_values", "image_grid_hw"):
-        parts = [sample[name] for samples in packed for sample in samples if sample[name] is not None]
-        if parts:
-            batch[name] = torch.cat(parts)
-    return batch
-
-
-def encode_stream(samples: Iterable[dict], encoder: Encoder, count: int = 32) -> Iterator[dict]:
-    samples = iter(samples)
-    while chunk := list(itertools.islice(samples, count)):
-        yield from encoder(chunk)
+def batches(records: Iterable[dict], processor: NeoProcessor, rows: int, length: int) -> Iterator[dict]:
+    """Packed batches, in which every token counts the same."""
+    samples = (encode_record(record, processor) for record in records)
+    collator = PackedCollator(processor.tokenizer.pad_token_id, length, loss_weighting="token")
+    packed = fill_rows(samples, length)
+    while batch := list(itertools.islice(packed, rows)):
+        yield collator(batch)
 
 
 def optimizers(model: torch.nn.Module, args: Arguments) -> list[torch.optim.Optimizer]:
@@ -188,43 +111,41 @@ def optimizers(model: torch.nn.Module, args: Arguments) -> list[torch.optim.Opti
     return both
 
 
-def answered(logits: torch.Tensor, batch: dict) -> torch.Tensor:
-    """
-    (documents,) boolean: whether greedy decoding would give each answer exactly. It does if every token of the answer
-    is the most probable one after those before it, so the logits of one forward tell.
-    """
-    labels = batch["labels"][:, 1:]
-    wrong = (logits[:, :-1].argmax(-1) != labels) & (labels != -100)
-    documents = batch["document_ids"][:, 1:]
-    return torch.stack(
-        [
-            ~wrong[row][documents[row] == number].any()
-            for row in range(len(wrong))
-            for number in range(int(documents[row].max()) + 1)
-        ]
-    )
-
-
 def logits(model: torch.nn.Module, batch: dict) -> torch.Tensor:
-    return model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    inputs = ("input_ids", "document_ids", "pixel_values", "image_grid_hw")
+    return model(**{name: batch[name] for name in inputs if name in batch}).logits
 
 
 @torch.no_grad()
 def evaluate(
-    forward: Callable[[dict], torch.Tensor], encoder: Encoder, world: World, count: int, tasks: Iterable[str] = TASKS
+    forward: Callable[[dict], torch.Tensor],
+    processor: NeoProcessor,
+    world: World,
+    count: int,
+    tasks: Iterable[str] = TASKS,
 ) -> dict[str, float]:
-    """Share of `count` samples of each task that `forward`, a batch to its logits, answers exactly."""
+    """
+    Share of `count` samples per task for which greedy decoding would give exactly the expected answer: each of its
+    tokens is the most probable one after those before it, which the logits of a single forward show. `forward` takes a
+    batch of one sample per row.
+    """
     accuracy = {}
     for task in tasks:
-        encoded = list(encode_stream(itertools.islice(world.stream({task: 1}), count), encoder))
-        longest = max(len(sample["input_ids"]) for sample in encoded)
-        batches = (collate([[sample] for sample in encoded[i : i + 50]], longest) for i in range(0, count, 50))
-        results = [answered(forward(batch), batch) for batch in batches]
-        accuracy[task] = round(torch.cat(results).float().mean().item(), 4)
+        records = itertools.islice(world.stream({task: 1}), count)
+        samples = [encode_record(record, processor) for record in records]
+        longest = max(len(sample["input_ids"]) for sample in samples)
+        collator = PackedCollator(processor.tokenizer.pad_token_id, longest)
+        correct = 0
+        for start in range(0, count, 50):
+            batch = collator([[sample] for sample in samples[start : start + 50]])
+            targets = batch["labels"][:, 1:]
+            wrong = (forward(batch)[:, :-1].argmax(-1) != targets) & (targets != IGNORE_INDEX)
+            correct += int((~wrong.any(-1)).sum())
+        accuracy[task] = round(correct / count, 4)
     return accuracy
 
 
-def train(name: str, model: torch.nn.Module, encoder: Encoder, args: Arguments, log) -> None:
+def train(name: str, model: torch.nn.Module, processor: NeoProcessor, args: Arguments, log) -> None:
     stage = STAGES[name]
     steps = round(stage.steps * args.scale)
     both = optimizers(model, args)
@@ -235,16 +156,16 @@ def train(name: str, model: torch.nn.Module, encoder: Encoder, args: Arguments, 
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in both]
     world = World(args.seed + 100 * list(STAGES).index(name))
-    batches = pack(encode_stream(world.stream(stage.weights), encoder), args.rows, args.row_length)
+    stream = itertools.islice(batches(world.stream(stage.weights), processor, args.rows, args.row_length), steps)
     start, mean = time.time(), 0.0
     model.train()
-    for step, batch in enumerate(tqdm(itertools.islice(batches, steps), name, total=steps, mininterval=10), start=1):
+    for step, batch in enumerate(tqdm(stream, name, total=steps, mininterval=10), start=1):
         if name == "llm":
-            documents = batch.pop("document_ids")
-            starts = torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-            places = torch.arange(args.row_length).expand_as(documents)
-            batch["position_ids"] = places - torch.where(starts, places, 0).cummax(-1).values
-        loss = model(**batch).loss
+            places = torch.arange(args.row_length).expand_as(batch["input_ids"])
+            starts = torch.where(document_starts(batch["document_ids"]), places, 0).cummax(-1).values
+            loss = model(batch["input_ids"], position_ids=places - starts, labels=batch["labels"]).loss
+        else:
+            loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(both, schedules, strict=True):
@@ -257,14 +178,14 @@ def train(name: str, model: torch.nn.Module, encoder: Encoder, args: Arguments, 
             if name != "llm" and (step % 500 == 0 or step == steps):
                 model.eval()
                 unseen = World(args.seed + 1, test=True)
-                entry |= {"accuracy": evaluate(partial(logits, model), encoder, unseen, args.eval_samples)}
+                entry |= {"accuracy": evaluate(partial(logits, model), processor, unseen, args.eval_samples)}
                 model.train()
             print(json.dumps(entry), file=log, flush=True)
             mean = 0.0
 
 
 def plot(folder: Path):
-    """`training.png`: loss and accuracy of the three stages, from `log.jsonl`."""
+    """Write `training.png`: loss and accuracy over the stages, from `log.jsonl`."""
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     starts = dict(zip(STAGES, itertools.accumulate((0, *(stage.steps for stage in STAGES.values()))), strict=False))
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -310,7 +231,7 @@ def main():
                 eos_token_id=tokenizer.eos_token_id,
             )
             llm = Qwen3ForCausalLM(config)
-            train("llm", llm, Encoder(NeoProcessor(image_processor(), tokenizer)), args, log)
+            train("llm", llm, NeoProcessor(image_processor(), tokenizer), args, log)
             tokenizer.save_pretrained(folders["llm"])
             llm.save_pretrained(folders["llm"])
         previous = args.output_dir / "init"
@@ -322,13 +243,13 @@ def main():
                 processor = NeoProcessor.from_pretrained(previous)
                 model = NeoForConditionalGeneration.from_pretrained(previous)
                 prepare_for_stage(model, name)
-                train(name, model, Encoder(processor), args, log)
+                train(name, model, processor, args, log)
                 unfinished = args.output_dir / f"{name}.unfinished"
                 model.save_pretrained(unfinished)
                 processor.save_pretrained(unfinished)
                 unfinished.rename(folders[name])
             previous = folders[name]
-    # As the released models travel: half precision, the raw layout, then a Hub repository.
+    # The route of the released models: half precision, the raw layout, then a Hub repository.
     half, raw, final = (args.output_dir / name for name in ("half", "raw", "NEO-nano"))
     NeoForConditionalGeneration.from_pretrained(previous, dtype=torch.float16).save_pretrained(half)
     NeoProcessor.from_pretrained(previous).save_pretrained(half)

@@ -547,7 +547,6 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin, NeoCha
         skip_logits: bool | None = None,
         image_grid_thw: torch.Tensor | None = None,
         cache: Cache | None = None,
-        shift_labels: torch.Tensor | None = None,
         **kwargs,
     ) -> NeoCausalLMOutputWithPast:
         """
@@ -566,6 +565,8 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin, NeoCha
             `logits` (B, L, vocabulary) and, where there are labels, `loss`: the mean cross entropy by weight, 0 where
             no token counts.
         """
+        # Not a parameter: the Trainer evaluates only batches that have every parameter with "label" in its name.
+        shift_labels = kwargs.pop("shift_labels", None)
         if use_cache is None and (labels is not None or shift_labels is not None):
             use_cache = False  # a layer that is run again, to recompute activations, would fill it twice
         outputs = self.model(

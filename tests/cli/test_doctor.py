@@ -58,12 +58,11 @@ def forget_rows_and_columns(function):
 
 
 def change_mask(change):
-    def create(config, inputs_embeds, attention_mask, cache, position_ids, document_ids=None):
-        attention_mask, position_ids = change(attention_mask, position_ids)
-        return original(config, inputs_embeds, attention_mask, cache, position_ids, document_ids)
+    def plan(config, inputs_embeds, attention_mask, position_ids, *args):
+        return original(config, inputs_embeds, *change(attention_mask, position_ids), *args)
 
-    original = modeling_neo.create_neo_mask
-    return create
+    original = modeling_neo.plan_attention
+    return plan
 
 
 def causal(attention_mask, position_ids):
@@ -89,10 +88,10 @@ def test_broken_overrides_are_noticed(monkeypatch, owner, name, part):
 
 
 MUTATIONS = {
-    "causal images": (modeling_neo, "create_neo_mask", lambda: change_mask(causal), "a prompt with images"),
+    "causal images": (modeling_neo, "plan_attention", lambda: change_mask(causal), "a prompt with images"),
     "padding attended": (
         modeling_neo,
-        "create_neo_mask",
+        "plan_attention",
         lambda: change_mask(lambda attention_mask, position_ids: (None, position_ids)),
         "a batch with padding",
     ),

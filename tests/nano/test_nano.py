@@ -1,4 +1,4 @@
-"""NEO-nano: the drawn world it learnt, the weights that ship, the scripts that made them."""
+"""NEO-nano: the drawn world it was trained on, the weights that ship, the scripts that made them."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ import torch
 from evaluate import answer, blank
 from helpers import ROOT
 from PIL import Image
-from train import TASKS, Encoder, collate, pack
+from train import TASKS, batches, evaluate, logits
 from transformers import AutoModelForImageTextToText
 from world import QUADRANTS, World, article, is_test
 
@@ -24,11 +24,6 @@ EXAMPLES = ROOT / "examples"
 @pytest.fixture(scope="module")
 def nano():
     return load_nano()
-
-
-@pytest.fixture(scope="module")
-def encoder(nano):
-    return Encoder(nano[1])
 
 
 def test_weights_are_small():
@@ -94,36 +89,40 @@ def test_relation_agrees_with_the_image():
         assert answer == ("yes" if holds else "no")
 
 
-def test_only_answers_are_learnt(encoder):
-    sample = World(8).scene_sample(("caption", "count"), turns=2)
-    (encoded,) = encoder([sample])
-    learnt = encoded["labels"][encoded["labels"] != -100]
-    answers = [m["content"][0]["text"] for m in sample["messages"] if m["role"] == "assistant"]
-    assert encoder.processor.tokenizer.decode(learnt) == "".join(f"{answer}<|im_end|>\n" for answer in answers)
+def test_batches(nano):
+    """Rows are full, and the loss covers the answers, every token of which counts 1."""
+    _, processor = nano
+    records = list(itertools.islice(World(9).stream({"scene": 1, "motion": 1, "text": 1}), 40))
+    packed = list(batches(records, processor, rows=2, length=256))
+    assert all(batch["input_ids"].shape[1] == 256 for batch in packed)
+    assert all(batch["loss_weight"].equal((batch["labels"] != -100).float()) for batch in packed)
+    counted = torch.cat([batch["labels"][batch["labels"] != -100] for batch in packed])
+    answers = [m["content"][0]["text"] for r in records for m in r["messages"] if m["role"] == "assistant"]
+    assert sorted(processor.tokenizer.decode(counted).split("<|im_end|>\n")) == sorted(["", *answers])
+    assert sum(int((batch["document_ids"] != 0).sum()) for batch in packed[:-1])
 
 
-def test_packing_keeps_samples_whole(encoder):
-    samples = list(itertools.islice(World(9).stream(dict.fromkeys(TASKS, 1)), 24))
-    encoded = encoder(samples)
-    rows = list(pack(encoded, 2, 256))
-    assert all(row["input_ids"].shape == (2, 256) for row in rows)
-    first = rows[0]
-    assert first["input_ids"][0, : len(encoded[0]["input_ids"])].equal(encoded[0]["input_ids"])
-    with pytest.raises(ValueError, match="does not fit"):
-        next(pack(encoded, 2, 20))
+def test_accuracy_is_that_of_greedy_decoding(nano):
+    """What one forward tells of the answers is what generation gives; a model that is wrong is told so."""
+    model, processor = nano
+    found = evaluate(lambda batch: logits(model, batch), processor, World(7, test=True), 20, ["count"])
+    samples = list(itertools.islice(World(7, test=True).stream({"count": 1}), 20))
+    expected = [sample["messages"][1]["content"][0]["text"] for sample in samples]
+    correct = [a == e for a, e in zip(answer(model, processor, samples), expected, strict=True)]
+    assert found == {"count": sum(correct) / 20}
+    assert evaluate(lambda batch: -logits(model, batch), processor, World(7), 5, ["count"]) == {"count": 0}
 
 
-def test_ablation_indices(nano, encoder):
+def test_ablation_indices(nano):
     """The native variant is what the model does by itself; the others differ as they should."""
     model, processor = nano
-    samples = World(10).stream({"change": 1, "motion": 1, "scene": 1})
-    encoded = [e for sample in itertools.islice(samples, 6) for e in encoder([sample])]
-    batch = collate([encoded[:3], encoded[3:]], sum(len(e["input_ids"]) for e in encoded))
+    records = itertools.islice(World(10).stream({"change": 1, "motion": 1, "scene": 1}), 6)
+    batch = next(batches(records, processor, rows=2, length=400))
     position_ids, mask = ablate.indices("native", batch, model.config)
     inputs = {name: batch[name] for name in ("input_ids", "pixel_values", "image_grid_hw")}
     own = model(**inputs, document_ids=batch["document_ids"]).logits
     given = model(**inputs, position_ids=position_ids, attention_mask=mask, use_cache=False).logits
-    real = batch["document_ids"] >= 0
+    real = batch["input_ids"] != processor.tokenizer.pad_token_id
     torch.testing.assert_close(given[real], own[real], rtol=0, atol=1e-4)
     causal = model(
         **inputs, position_ids=position_ids, attention_mask=ablate.indices("causal", batch, model.config)[1]
@@ -147,7 +146,7 @@ def test_interval():
 
 
 @pytest.mark.slow
-def test_training_runs_and_goes_on(tmp_path):
+def test_training_runs_and_resumes(tmp_path):
     """All stages with next to no steps; a second run finds everything done and publishes the same again."""
     command = [sys.executable, EXAMPLES / "nano" / "train.py", "--output_dir", tmp_path, "--scale", "0.0005"]
     subprocess.run(command, check=True, capture_output=True)

@@ -183,6 +183,16 @@ def test_recipes(script, tmp_path):
         assert data.max_length >= 16384
 
 
+def test_nano_and_its_own_attention(script, tmp_path):
+    argv = ["--model", "nano", "--train_data", "a.jsonl", "--output_dir", str(tmp_path)]
+    model, processor = script.load(script.parse_arguments(argv)[0])
+    assert model.config._attn_implementation == "neo"
+    assert processor.image_processor.patch_size == 8
+    for implementation in ("eager", "sdpa"):
+        model, _ = script.load(script.parse_arguments([*argv, "--attn_implementation", implementation])[0])
+        assert model.config._attn_implementation == implementation
+
+
 def test_bad_arguments(script, data, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
         run(script, monkeypatch, arguments(data, tmp_path, train_data="absent.jsonl", max_steps=1))

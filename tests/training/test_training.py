@@ -339,7 +339,7 @@ def test_side_of_padding(tiny, skip_logits):
 
 def test_labels_need_all_logits(tiny):
     ids = torch.tensor([[5, 6, 7]])
-    with pytest.raises(ValueError, match="labels of 3 tokens need the logits of all of them, but logits_to_keep=1"):
+    with pytest.raises(ValueError, match=r"labels of 3 tokens need .* but logits_to_keep keeps 1"):
         tiny(input_ids=ids, labels=ids, logits_to_keep=1)
 
 

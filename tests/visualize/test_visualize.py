@@ -10,9 +10,8 @@ from helpers import GOLDEN, IMAGE, IMAGE_START, dense_mask_oracle, random_model,
 from matplotlib.figure import Figure
 from PIL import Image
 
-import neo_hf
 from neo_hf import NeoImageProcessor, NeoProcessor, visualize
-from neo_hf.visualize import ImageUnit, TextUnit
+from neo_hf.visualize import ImageUnit, TextUnit, draw
 from neo_hf_cli import main
 
 PHOTO = str(GOLDEN / "preprocess" / "images" / "00_RGB_300x200.png")
@@ -109,7 +108,7 @@ def test_mask(model, processor, packed):
 
 def test_mask_of_a_long_prompt(model, processor, inputs, monkeypatch):
     """A dot stands for several tokens, and unit borders stay where they are."""
-    monkeypatch.setattr(visualize, "MAX_MASK_SIDE", 8)
+    monkeypatch.setattr(draw, "MAX_MASK_SIDE", 8)
     prompt = read(model, processor, inputs)
     length = len(prompt.input_ids)
     assert length == 36
@@ -118,8 +117,8 @@ def test_mask_of_a_long_prompt(model, processor, inputs, monkeypatch):
     assert np.array_equal(image.get_array(), expected)
     mask = np.zeros((7, 7), dtype=bool)
     mask[6, 2] = True
-    assert visualize.shrink_mask(mask, 3).tolist() == [[False] * 3, [False] * 3, [True, False, False]]
-    monkeypatch.setattr(visualize, "MAX_MASK_SIDE", 3)
+    assert draw.shrink_mask(mask, 3).tolist() == [[False] * 3, [False] * 3, [True, False, False]]
+    monkeypatch.setattr(draw, "MAX_MASK_SIDE", 3)
     (image,) = visualize.plot_mask(read(model, processor, {"input_ids": torch.arange(7)[None]})).axes[0].images
     assert image.get_extent() == [0, 9, 9, 0]
 
@@ -181,10 +180,10 @@ def test_video(model, processor, clips):
     assert "[00:00." in prompt.units[0].text
     figure = visualize.plot_prompt(model, processor, inputs)
     figure.draw_without_rendering()
-    assert len(figure.axes[0].child_axes) == visualize.MAX_CARDS - 1
+    assert len(figure.axes[0].child_axes) == draw.MAX_CARDS - 1
     assert "9 more" in [text.get_text().split("\n")[-1] for text in figure.axes[0].texts]
     drawn = [ax.get_title() for ax in figure.axes if ax.get_title().startswith("Image")]
-    assert len(drawn) == visualize.MAX_IMAGES
+    assert len(drawn) == draw.MAX_IMAGES
     weights, _ = visualize.answer_attention(model, prompt)
     shares = sorted((weights[unit.start : unit.stop].sum() for unit in prompt.images), reverse=True)
     assert sorted((float(title.split()[-1][:-1]) for title in drawn), reverse=True) == pytest.approx(
@@ -212,7 +211,7 @@ def test_later_tokens_of_the_answer(model, processor, inputs):
     assert token_id == output[0, -1]
     ends = copy.deepcopy(model)
     ends.generation_config.eos_token_id = int(output[0, inputs["input_ids"].shape[1]])
-    with pytest.raises(ValueError, match="has 1 tokens only, expected 2"):
+    with pytest.raises(ValueError, match="has only 1 tokens, expected at least 2"):
         visualize.with_answer(ends, inputs, 2)
 
 
@@ -277,7 +276,8 @@ def test_errors(tmp_path, monkeypatch, capsys, argv, message):
 
 def test_without_matplotlib(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
-    monkeypatch.delitem(sys.modules, "neo_hf.visualize")
-    monkeypatch.delattr(neo_hf, "visualize")
+    monkeypatch.delitem(sys.modules, "neo_hf.visualize.draw")
+    monkeypatch.delattr(visualize, "draw")
+    assert visualize.read_prompt
     assert run("show", "model", "Hm?", "-o", "seen.png") == 1
     assert "pip install 'neo-hf[plot]'" in capsys.readouterr().err

@@ -1,32 +1,32 @@
-"""Batches of samples, padded or packed, as `NeoForConditionalGeneration.forward` takes them."""
+"""Batches of samples, padded or packed, in the form that `NeoForConditionalGeneration.forward` takes."""
 
 from dataclasses import dataclass
 
 import torch
 
-from neo_hf.training.data import IGNORED
+from neo_hf.loss_neo import IGNORE_INDEX
 
-# What predicting a token counts, by the number of tokens that are learnt in its document.
+# The weight of predicting a token, by the number of tokens in its document that count.
 LOSS_WEIGHTINGS = {"token": lambda count: 1.0, "square": lambda count: count**-0.5, "sample": lambda count: 1 / count}
 
 
 @dataclass
 class PaddedCollator:
     """
-    Samples to a batch of one sample per row, padded on the right to the longest.
+    A batch with one sample per row, padded on the right to the longest.
 
     Args:
         pad_token_id: any token of the vocabulary.
-        loss_weighting: "token": each token that is learnt counts 1; "square": 1/sqrt(n), where n of its sample are
-            learnt; "sample": 1/n.
+        loss_weighting: the weight of each of the n tokens of a sample that count: "token": 1; "square": 1/sqrt(n);
+            "sample": 1/n.
 
-    Returns of a call:
+    Calling it returns:
         `input_ids`, `attention_mask` and `labels` (B, L) int64; `loss_weight` (B, L) float32, the weight of predicting
-        this token, 0 on what is ignored; with images, `pixel_values` (P, 3 * patch_size^2) float32 and
-        `image_grid_hw` (N, 2) int64; `sample_names`, a list, where all samples have names.
+        this token, 0 where it does not count; with images, `pixel_values` (P, 3 * patch_size^2) float32 and
+        `image_grid_hw` (N, 2) int64; `sample_names`, a list, if all samples have names.
 
     Raises:
-        ValueError: another loss_weighting.
+        ValueError: unknown loss_weighting.
     """
 
     pad_token_id: int
@@ -45,18 +45,18 @@ class PaddedCollator:
 @dataclass
 class PackedCollator:
     """
-    Rows of a `PackedDataset` to a batch. All batches have rows of `max_length` tokens, the rest being padding.
+    A batch of rows from a `PackedDataset` or `fill_rows`, padded to `max_length` tokens.
 
     Args:
-        pad_token_id, loss_weighting: as of `PaddedCollator`.
-        max_length: of a row in tokens.
+        pad_token_id, loss_weighting: as for `PaddedCollator`.
+        max_length: tokens per row.
 
-    Returns of a call:
-        as of `PaddedCollator`, with `document_ids` (B, L) int64 in place of the attention mask: 0, 1, ... in each row;
-        padding is a document of its own.
+    Calling it returns:
+        the same as `PaddedCollator`, with `document_ids` (B, L) int64 in place of the attention mask: 0, 1, ... in
+        each row; padding is a document of its own.
 
     Raises:
-        ValueError: another loss_weighting; in a call, a row is too long or no list of samples.
+        ValueError: unknown loss_weighting; when called, a row is too long or not a list of samples.
     """
 
     pad_token_id: int
@@ -69,7 +69,7 @@ class PackedCollator:
     def __call__(self, rows: list[list[dict]]) -> dict:
         for row in rows:
             if not isinstance(row, list):
-                raise ValueError(f"A row must be a list of samples, as PackedDataset gives it, got {type(row)}.")
+                raise ValueError(f"A row must be a list of samples, as PackedDataset yields, got {type(row)}.")
             if (length := sum(len(sample["input_ids"]) for sample in row)) > self.max_length:
                 names = [sample.get("name") for sample in row]
                 raise ValueError(f"A row must have at most {self.max_length} tokens, got {length} of {names}.")
@@ -86,7 +86,7 @@ def join_rows(rows: list[list[dict]], length: int, pad_token_id: int, loss_weigh
     shape = (len(rows), length)
     batch: dict = {
         "input_ids": torch.full(shape, pad_token_id),
-        "labels": torch.full(shape, IGNORED),
+        "labels": torch.full(shape, IGNORE_INDEX),
         "loss_weight": torch.zeros(shape),
         "document_ids": torch.zeros(shape, dtype=torch.long),
     }
@@ -95,13 +95,13 @@ def join_rows(rows: list[list[dict]], length: int, pad_token_id: int, loss_weigh
         for document, sample in enumerate(row):
             place = (number, slice(end, end + len(sample["input_ids"])))
             labels = sample["labels"].clone()
-            labels[:1] = IGNORED  # what stands before it is of another document
-            learnt = labels != IGNORED
+            labels[:1] = IGNORE_INDEX  # the token before it belongs to another document
+            counts = labels != IGNORE_INDEX
             batch["input_ids"][place] = sample["input_ids"]
             batch["labels"][place] = labels
             batch["document_ids"][place] = document
-            if learnt.any():
-                batch["loss_weight"][place] = learnt * LOSS_WEIGHTINGS[loss_weighting](int(learnt.sum()))
+            if counts.any():
+                batch["loss_weight"][place] = counts * LOSS_WEIGHTINGS[loss_weighting](int(counts.sum()))
             end += len(labels)
         batch["document_ids"][number, end:] = len(row)
     samples = [sample for row in rows for sample in row]

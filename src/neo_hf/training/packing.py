@@ -1,4 +1,4 @@
-"""Packing: documents of unequal length into rows of equal length."""
+"""Packing: documents of different lengths into rows of the same length."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -6,16 +6,17 @@ from itertools import islice
 
 from torch.utils.data import IterableDataset
 
-from neo_hf.training.data import MAX_BAD_RECORDS, SampleStream, shared_counter, this_reader
+from neo_hf.training.sources import MAX_BAD_RECORDS
+from neo_hf.training.streams import SampleStream, shared_counter, this_reader
 
 logger = logging.getLogger(__name__)
 
 
 def fill_rows(samples: Iterable[dict], max_length: int, buffer_size: int = 64) -> Iterator[list[dict]]:
     """
-    Samples in rows (lists) of at most `max_length` tokens, each sample once. A row begins with the oldest sample in
-    the buffer, so that none waits for long, and goes on with whichever leaves the least room (best fit), the oldest of
-    those that tie. A sample longer than a row gets one of its own, which `PackedCollator` refuses.
+    Pack samples into rows (lists) of at most `max_length` tokens, each sample once. A row starts with the oldest
+    sample in the buffer, so that none waits long, and is filled with whichever leaves the least room (best fit; of
+    equal lengths, the oldest). A sample longer than a row gets a row of its own, which `PackedCollator` rejects.
     """
     samples = iter(samples)
     buffer: list[dict] = []
@@ -37,19 +38,20 @@ def fill_rows(samples: Iterable[dict], max_length: int, buffer_size: int = 64) -
 
 class PackedDataset(IterableDataset):
     """
-    Rows (lists) of whole samples, at most `max_length` tokens long, for `PackedCollator`. Each sample comes once.
+    Rows (lists) of whole samples, at most `max_length` tokens long, for `PackedCollator`. Each sample is used once.
 
     Args:
-        samples: a `SampleStream`; or any other data set of samples, read once and in order, shared out among processes
-            and workers. Their numbers of rows differ then: for distributed training make it a source of a stream.
-        max_length: of a row in tokens.
-        buffer_size: samples to choose from. They are in memory with their images, for each worker.
-        drop_overlong: leave out samples longer than a row, logged and counted. Otherwise they are an error. No sample
-            is ever cut.
+        samples: a `SampleStream`, or any other iterable of samples, which is read once, in order, and divided among
+            processes and workers. They then have different numbers of rows: for distributed training, make it a source
+            of a stream.
+        max_length: tokens per row.
+        buffer_size: samples to choose from. Each worker keeps them in memory, images included.
+        drop_overlong: leave out samples longer than a row; they are logged and counted. Otherwise they raise an error.
+            No sample is ever truncated.
 
     Raises:
-        ValueError: a setting is out of range; while reading, a sample is too long and `drop_overlong` is off, or the
-            first 1000 samples all are.
+        ValueError: an option is out of range; during iteration, a sample is too long and `drop_overlong` is off, or
+            the first 1000 samples are all too long.
     """
 
     def __init__(self, samples: Iterable[dict], max_length: int, buffer_size: int = 64, drop_overlong: bool = True):
@@ -65,7 +67,7 @@ class PackedDataset(IterableDataset):
 
     @property
     def num_dropped(self) -> int:
-        """How often a sample was left out as too long in this process and its workers."""
+        """How many samples this process and its workers left out as too long."""
         return self._dropped.value
 
     def __iter__(self) -> Iterator[list[dict]]:

@@ -1,6 +1,7 @@
-"""The three stages of training (NEO paper, section 3.2): what each of them trains."""
+"""The three training stages (NEO paper, section 3.2): which parameters each of them trains."""
 
 import logging
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -10,24 +11,24 @@ logger = logging.getLogger(__name__)
 
 STAGES = ("pretrain", "midtrain", "sft")
 
-# What NEO adds to the attention of an LLM, by the names of the modules.
+# The modules that NEO adds to the attention of an LLM.
 SPATIAL_ATTENTION = ("q_proj_hw", "k_proj_hw", "q_norm_h", "q_norm_w", "k_norm_h", "k_norm_w")
 
 
 def prepare_for_stage(model: NeoForConditionalGeneration, stage: str) -> dict[str, nn.Parameter]:
     """
-    Set `requires_grad` of every parameter as a stage of training wants it.
+    Set `requires_grad` of every parameter for a training stage.
 
     Args:
         model: changed in place.
         stage: "pretrain" trains the patch embedding, the pre-Buffer and the spatial attention of the post-LLM, and
-            keeps the rest of the LLM as it was; "midtrain" and "sft" train everything.
+            freezes the rest of the LLM; "midtrain" and "sft" train everything.
 
     Returns:
-        The parameters that the stage trains, by name. Their number is logged.
+        The trained parameters by name. Their number is logged.
 
     Raises:
-        ValueError: another stage, or a model whose pre-Buffer depth is unknown.
+        ValueError: unknown stage, or the depth of the pre-Buffer is unknown.
     """
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {STAGES}, got {stage!r}.")
@@ -40,8 +41,13 @@ def prepare_for_stage(model: NeoForConditionalGeneration, stage: str) -> dict[st
     for module in trained_modules:
         module.requires_grad_(True)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    count, total = (sum(p.numel() for p in parameters) for parameters in (trained.values(), model.parameters()))
+    count, total = _count(trained.values()), _count(model.parameters())
     logger.info(
         "Stage %s trains %s of %s parameters (%.1f %%).", stage, f"{count:,}", f"{total:,}", 100 * count / total
     )
     return trained
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    # Under ZeRO-3, parameters are partitioned: `numel()` is 0, and DeepSpeed keeps the whole number.
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)

@@ -1,31 +1,31 @@
-"""The Trainer of transformers, for batches whose tokens have weights."""
+"""The `Trainer` of transformers, for batches with loss weights."""
 
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from transformers import Trainer
 
 from neo_hf.loss_neo import next_token_targets
-from neo_hf.training.data import SampleStream
 from neo_hf.training.packing import PackedDataset
+from neo_hf.training.streams import SampleStream
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss is not a number; the message names the samples that it came from."""
+    """The loss is NaN or infinite; the message names the samples of the batch."""
 
 
 class NeoTrainer(Trainer):
     """
-    `transformers.Trainer`, and:
+    `transformers.Trainer` with these differences:
 
-    - Losses are divided by the sum of `loss_weight` over all batches and processes of a step, as the Trainer divides
-      by the number of tokens: accumulating gradients and adding processes do not change what is learned.
-    - A `SampleStream` or `PackedDataset` is taken as it is: it gives each process its own share.
-    - The model computes no logits where nobody reads them.
-    - Training stops with a `NonFiniteLossError` that quotes `sample_names` before the weights take harm.
+    - The loss is divided by the sum of `loss_weight` over all batches and processes of a step, where `Trainer` divides
+      by the number of tokens. Gradient accumulation and the number of processes do not change the result.
+    - A `SampleStream` or `PackedDataset` is not sharded again: it gives each process its own share.
+    - The model computes logits only if they are used.
+    - A NaN or infinite loss raises a `NonFiniteLossError` with the `sample_names`, before the weights are updated.
     """
 
     def get_train_dataloader(self):
-        # A stream gives each process its own share: nobody reads for the others, or shares it out once more.
+        # A stream gives each process its own share: do not let one process read for all, or shard the stream again.
         self.accelerator.dataloader_config.dispatch_batches = False
         loader = super().get_train_dataloader()
         if isinstance(loader.dataset, IterableDatasetShard) and isinstance(
@@ -48,7 +48,7 @@ class NeoTrainer(Trainer):
         )
         weight = torch.as_tensor(weight, dtype=torch.float32, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            weight = self.accelerator.gather(weight).sum() / self.get_tp_size()  # which see the same batch
+            weight = self.accelerator.gather(weight).sum() / self.get_tp_size()  # tensor-parallel ranks share a batch
         return weight
 
     @property
@@ -61,9 +61,9 @@ class NeoTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and not torch.isfinite(loss):
             raise NonFiniteLossError(
-                f"The loss of step {self.state.global_step + 1} is {loss.item()}, from the samples "
-                f"{', '.join(names) if names else '(no names given)'}. No harm is done to what was saved in "
-                f"{self.args.output_dir}."
+                f"The loss of step {self.state.global_step + 1} is {loss.item()}. Samples of the batch: "
+                f"{', '.join(names) if names else '(unnamed)'}. Saved checkpoints in {self.args.output_dir} are "
+                "unaffected."
             )
         return (loss, outputs) if return_outputs else loss
 
