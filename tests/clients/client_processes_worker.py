@@ -82,10 +82,11 @@ def zero_3(reference, inputs, prompts):
     optimizer = torch.optim.AdamW(reference.parameters(), **settings)
     rows = [one(prompt) for prompt in prompts]
     mine = rows[dist.get_rank()]
-    for _ in range(2):
+    # Adam's first step is the sign of each gradient, and rounding decides that of those near 0.
+    for tolerance in (TOLERANCE, 10 * TOLERANCE):
         loss = engine(**mine, labels=mine["input_ids"]).loss
         losses = [reference(**row, labels=row["input_ids"]).loss for row in rows]
-        torch.testing.assert_close(loss, losses[dist.get_rank()], rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(loss, losses[dist.get_rank()], rtol=0, atol=tolerance)
         engine.backward(loss)
         engine.step()
         optimizer.zero_grad()

@@ -263,7 +263,7 @@ def test_nothing_half_written(tmp_path):
         (["Hm?", "-o", "seen.xyz"], "got seen.xyz"),
         (["Hm?", "-o", "no/such/seen.png"], "there is no folder no/such"),
         (["--image", "missing.png", "Hm?", "-o", "seen.png"], "Cannot read the image missing.png"),
-        (["Hm?", "-o", "seen.png"], "has no processor: it needs processor_config.json"),
+        (["Hm?", "-o", "seen.png"], "has no processor. It needs processor_config.json"),
     ],
 )
 def test_errors(tmp_path, monkeypatch, capsys, argv, message):
