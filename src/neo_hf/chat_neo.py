@@ -1,6 +1,6 @@
 """`model.chat()` as the released checkpoints define it, for code written against them."""
 
-from .chat_template_neo import GENERATION_PROMPT, IM_END, render_turn
+from .chat_template_neo import GENERATION_PROMPT, IM_END, mark_control_tokens, render_turn
 
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ class NeoChatMixin(GenerationMixin):
         return_history: bool = False,
         grid_hw: torch.Tensor | None = None,
         verbose: bool = False,
+        sanitize_control_tokens: bool = True,
     ) -> str | tuple[str, list[tuple[str, str]]]:
         """
         Answer one turn of a conversation, with the signature of the released checkpoints. New code should use
@@ -43,20 +44,27 @@ class NeoChatMixin(GenerationMixin):
             return_history: whether to also return the history with this turn appended.
             grid_hw: (N, 2) rows and columns of each image in patches.
             verbose: whether to print the question and the answer.
+            sanitize_control_tokens: whether special tokens in the question and in `history` are plain text, other than
+                those of boxes in answers. If not, they are control tokens, as in the released checkpoints.
 
         Returns:
             The answer, or the answer and the new history.
 
         Raises:
-            ValueError: if the numbers of placeholders and images differ, or `grid_hw` is missing.
+            ValueError: if the question is empty, the numbers of placeholders and images differ, or `grid_hw` is
+                missing.
         """
         if history is None and pixel_values is not None and "<image>" not in question:
             question = f"<image>\n{question}"
         turns = list(history or [])
+        if not question:
+            raise ValueError(f"chat needs a question, got {question!r}.")
+        written = [turn for asked, answered in turns for turn in (("user", asked), ("assistant", answered))]
+        written.append(("user", question))
+        if sanitize_control_tokens:
+            written = [(role, mark_control_tokens(text, tokenizer, role)) for role, text in written]
         prompt = render_turn("system", self.system_message)
-        for asked, answered in turns:
-            prompt += render_turn("user", asked) + render_turn("assistant", answered)
-        prompt += render_turn("user", question) + GENERATION_PROMPT
+        prompt += "".join(render_turn(role, text) for role, text in written) + GENERATION_PROMPT
 
         kwargs = dict(generation_config or {})
         if pixel_values is not None:

@@ -1,15 +1,22 @@
 """Prompts with images and videos to model inputs: placeholders, token ids and patches."""
 
-from .chat_template_neo import CHAT_TEMPLATE
+from .chat_template_neo import CHAT_TEMPLATE, CONTROL_TOKENS, drop_marks, mark_control_tokens
 from .image_processing_neo import shared_budget
 from .indexing_neo import allocate_position_ids
 from .video_processing_neo import NeoVideoProcessor, NeoVideoProcessorKwargs, flatten_videos, is_video, video_duration
 
+import base64
+import dataclasses
+import ipaddress
+import os
+import socket
+from collections.abc import Collection
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import get_session
 from torch.nn import functional as F
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
@@ -18,6 +25,10 @@ from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 from transformers.video_processing_utils import VideoProcessorMixin
 from transformers.video_utils import VideoInput, VideoMetadata
 
+ROLES = ("system", "user", "assistant")
+PART_TYPES = ("text", "image", "image_url", "video")
+MEDIA_KINDS = ("path", "url", "data")
+MAX_REDIRECTS = 10
 VIDEO_STYLES = ("timestamps", "bare", "spatial_timestamps", "spatial")
 
 
@@ -48,13 +59,34 @@ class NeoProcessor(ProcessorMixin):
     `image_grid_hw` (N, 2) in patches: all images and frames of the batch in prompt order. Pixel budgets
     (`min_pixels`, `max_pixels`, `share_pixel_budget`) and frame sampling (`num_frames`, `fps`, ..., see
     `NeoVideoProcessorKwargs`) can be set per call; `images_kwargs` and `videos_kwargs` set them separately.
+
+    `allowed_media`, for servers, restricts how images and videos are given as strings: a list of "path", "url" (http
+    and https, public addresses only, redirects included) and "data" (`data:` URIs and base64). `None` allows all, and
+    any address. It is saved with the processor. No argument of a call changes it, since servers pass on what clients
+    send.
     """
 
     valid_processor_kwargs: Any = NeoProcessorKwargs
     return_position_ids = False
     return_image_grid_thw = False
 
-    def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, **kwargs):
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        video_processor=None,
+        chat_template=None,
+        allowed_media=None,
+        **kwargs,
+    ):
+        is_known = allowed_media is None or (
+            not isinstance(allowed_media, str) and set(allowed_media) <= set(MEDIA_KINDS)
+        )
+        if not is_known:
+            raise ValueError(
+                f"allowed_media must be None or a list of {', '.join(MEDIA_KINDS)}, got {allowed_media!r}."
+            )
+        self.allowed_media = allowed_media
         self.image_token = "<image>"
         self.video_token = "<video>"
         self.image_context_token = "<IMG_CONTEXT>"
@@ -68,6 +100,7 @@ class NeoProcessor(ProcessorMixin):
             image_processor, tokenizer, video_processor, chat_template=chat_template or CHAT_TEMPLATE, **kwargs
         )
         self.auto_map = {"AutoProcessor": "processing_neo.NeoProcessor"}  # set by saving, but not by loading
+        drop_marks(self.tokenizer)
         self.image_token_id = self._token_id(self.image_context_token)
         self.image_start_token_id = self._token_id(self.image_start_token)
         self.image_end_token_id = self._token_id(self.image_end_token)
@@ -111,9 +144,12 @@ class NeoProcessor(ProcessorMixin):
                 `mm_token_type_ids` (B, L) is 1 at visual tokens of images, 2 at those of videos and 0 elsewhere.
 
         Raises:
-            ValueError: if the numbers of placeholders and images or videos differ, truncation would cut through an
-                image, or an image or video cannot be read or has an impossible size.
+            ValueError: if a prompt is empty, the numbers of placeholders and images or videos differ, truncation would
+                cut through an image or a turn, or an image or video cannot be read, has an impossible size or is not
+                allowed.
         """
+        if self.allowed_media is not None:
+            images, videos = (_admit(media, self.allowed_media) for media in (images, videos))
         return_offsets = kwargs.get("return_text_replacement_offsets")
         if videos is not None and text is not None:
             kwargs["return_text_replacement_offsets"] = True  # they tell the order of images and videos
@@ -141,9 +177,74 @@ class NeoProcessor(ProcessorMixin):
             inputs["image_grid_thw"] = padded if isinstance(grids, torch.Tensor) else padded.numpy()
         return inputs
 
-    def apply_chat_template(self, conversation, *args, load_audio_from_video: bool = False, **kwargs):
-        """As in the base class. `load_audio_from_video`, which servers set, is ignored: NEO has no audio input."""
+    def apply_chat_template(
+        self,
+        conversation,
+        *args,
+        tokenize: bool = False,
+        sanitize_control_tokens: bool | None = None,
+        load_audio_from_video: bool = False,
+        **kwargs,
+    ):
+        """
+        As in the base class, but for these arguments.
+
+        Args:
+            conversation: messages, or a list of conversations. A system message comes first, an assistant's follows a
+                user's.
+            tokenize: whether to return token ids instead of text.
+            sanitize_control_tokens: whether special tokens and placeholders in the messages are plain text, other than
+                those of boxes in the assistant's messages. Defaults to `tokenize`. Text gets marks, which the
+                processor understands.
+            load_audio_from_video: ignored, since servers set it: NEO has no audio input.
+
+        Raises:
+            ValueError: if there is no message, a role is unknown or out of order, or a part is neither text, image nor
+                video.
+        """
+        conversation = getattr(conversation, "messages", conversation)
+        is_batched = bool(conversation) and (
+            isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+        )
+        conversations = [
+            _check_messages(getattr(messages, "messages", messages))
+            for messages in (conversation if is_batched else [conversation])
+        ]
+        if tokenize if sanitize_control_tokens is None else sanitize_control_tokens:
+            conversations = [self.mark_messages(messages) for messages in conversations]
+        conversation = conversations if is_batched else conversations[0]
+        kwargs["tokenize"] = tokenize
         return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def mark_messages(self, messages: list[dict], placeholders: bool = True) -> list[dict]:
+        """
+        Mark the special tokens in messages, so that they are tokenized as plain text (see `mark_control_tokens`).
+
+        Args:
+            messages: a conversation; not modified.
+            placeholders: whether to mark `<image>` and `<video>` as well.
+        """
+        tokens = (self.image_token, self.video_token) if placeholders else ()
+
+        def mark(text, role):
+            return mark_control_tokens(text, self.tokenizer, role, tokens) if isinstance(text, str) else text
+
+        marked = []
+        for message in messages:
+            role, content = message["role"], message.get("content")
+            if isinstance(content, (list, tuple)):
+                parts: list[dict] = []
+                for part in content:
+                    if part["type"] == "text" and parts and parts[-1]["type"] == "text":
+                        # The template joins texts, and two texts can make a special token of their halves.
+                        part = {"type": "text", "text": (parts.pop().get("text") or "") + (part.get("text") or "")}
+                    parts.append(part)
+                content = [
+                    {**part, "text": mark(part.get("text"), role)} if part["type"] == "text" else part
+                    for part in parts
+                ]
+            marked.append({**message, "content": mark(content, role)})
+        return marked
 
     def _merge_videos(self, inputs: BatchFeature, offsets: list[list[dict]] | None):
         """Merge patches and grids of images and videos in prompt order, in place."""
@@ -199,6 +300,8 @@ class NeoProcessor(ProcessorMixin):
             return
         if not all(isinstance(sample, str) for sample in text):
             raise ValueError(f"text must be a string or a list of strings, got {text!r:.200}.")
+        if not text or not all(text):
+            raise ValueError(f"A prompt must not be empty, got {text!r:.200}.")
         for what, token, given in (("Images", self.image_token, images), ("Videos", self.video_token, videos)):
             placeholders = [sample.count(token) for sample in text]
             counts = [len(sample) for sample in given or [[]] * len(text)]
@@ -232,14 +335,22 @@ class NeoProcessor(ProcessorMixin):
         return self.image_start_token + self.image_context_token * num_tokens + self.image_end_token
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: BatchFeature, modalities: list[str]):
-        expected = [sample.count(self.image_context_token) for sample in text]
         ids = text_inputs["input_ids"]
-        found = [list(row).count(self.image_token_id) for row in (ids.tolist() if hasattr(ids, "tolist") else ids)]
-        if any(expected) and found != expected:
-            raise ValueError(
-                f"Truncation cut through an image: the prompts hold {expected} image tokens, of which {found} are "
-                "left. Increase max_length or disable truncation."
-            )
+        rows = ids.tolist() if hasattr(ids, "tolist") else ids
+        if "attention_mask" in text_inputs:  # padding may be one of the tokens
+            masks = text_inputs["attention_mask"]
+            rows = [[x for x, is_kept in zip(*row, strict=True) if is_kept] for row in zip(rows, masks, strict=True)]
+        is_truncated = any(encoding.overflowing for encoding in getattr(text_inputs, "encodings", None) or [])
+        for token in (self.image_context_token, *CONTROL_TOKENS):
+            expected = [sample.count(token) for sample in text]
+            token_id = self.tokenizer.convert_tokens_to_ids(token)
+            found = [list(row).count(token_id) for row in rows]
+            if any(expected) and found != expected and (is_truncated or token == self.image_context_token):
+                what, name = ("an image", "image") if "im_" not in token else ("a turn", token)
+                raise ValueError(
+                    f"Truncation cut through {what}: the prompts hold {expected} {name} tokens, of which {found} are "
+                    "left. Increase max_length or disable truncation."
+                )
 
     def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
         """
@@ -268,6 +379,98 @@ class NeoProcessor(ProcessorMixin):
             patches = [self.video_processor.get_num_of_video_patches(*size, settings) for size in video_sizes]
             counts["num_video_tokens"] = [count // merge_size**2 for count in patches]
         return MultiModalData(**counts)
+
+
+def _check_messages(messages) -> list[dict]:
+    """The messages of a conversation as dicts, if their roles and parts are those that the template knows."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"A conversation must be a list of at least one message, got {messages!r:.200}.")
+    checked: list[dict] = []
+    for message in messages:
+        if hasattr(message, "model_dump"):
+            message = message.model_dump(exclude_none=True)
+        elif dataclasses.is_dataclass(message) and not isinstance(message, type):
+            message = dataclasses.asdict(message)
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise ValueError(f"A message must be a dict with a role, one of {', '.join(ROLES)}, got {message!r:.200}.")
+        if message["role"] == "system" and checked:
+            raise ValueError(
+                f"A system message must come first, got it after {len(checked)} others: {message!r:.200}."
+            )
+        if message["role"] == "assistant" and (not checked or checked[-1]["role"] != "user"):
+            before = f"the {checked[-1]['role']}'s" if checked else "none"
+            raise ValueError(f"An assistant's message must follow a user's, got it after {before}: {message!r:.200}.")
+        content = message.get("content")
+        if isinstance(content, (list, tuple)):
+            for part in content:
+                kind = part.get("type") if isinstance(part, dict) else part
+                if kind not in PART_TYPES:
+                    raise ValueError(f"A message part must be of type 'text', 'image' or 'video', got {kind!s:.200}.")
+        elif not isinstance(content, (str, type(None))):
+            raise ValueError(f"The content of a message must be text or a list of parts, got {content!r:.200}.")
+        checked.append(message)
+    return checked
+
+
+def _admit(media, allowed: Collection[str]):
+    """
+    Images or videos, nested in lists or not, if they are of the kinds allowed. URLs are downloaded here, where each
+    redirect is checked.
+    """
+    if isinstance(media, (list, tuple)):
+        return [_admit(medium, allowed) for medium in media]
+    if not isinstance(media, (str, os.PathLike)):
+        return media
+    source = os.fspath(media)
+    if source.startswith(("http://", "https://")):
+        kind = "url"
+    elif source.startswith("data:"):
+        kind = "data"
+    else:
+        kind = "data" if _is_base64(source) else "path"
+    if kind not in allowed:
+        raise ValueError(
+            f"The medium {source[:100]!r} is a {kind}; allowed_media permits {', '.join(allowed) or 'none'}."
+        )
+    if kind == "url":
+        source = f"data:;base64,{base64.b64encode(_download(source)).decode()}"
+    elif kind == "data" and not source.startswith("data:"):
+        source = f"data:;base64,{source}"  # or it could still be taken for a path
+    return source
+
+
+def _is_base64(source: str) -> bool:
+    try:
+        return len(source) >= 200 and bool(
+            base64.b64decode("".join(source.split()), validate=True)
+        )  # as in load_image
+    except ValueError:
+        return False
+
+
+def _download(url: str) -> bytes:
+    """What is at a public address. Each redirect is checked like the URL itself."""
+    session = get_session()
+    request = session.build_request("GET", url, timeout=60)
+    for _ in range(MAX_REDIRECTS):
+        _check_address(request.url.host)
+        response = session.send(request, follow_redirects=False)
+        if response.next_request is None:
+            response.raise_for_status()
+            return response.content
+        request = response.next_request
+    raise ValueError(f"Cannot download {url:.200}: more than {MAX_REDIRECTS} redirects.")
+
+
+def _check_address(host: str):
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ValueError(f"Cannot find the host {host!r}: {error}") from error
+    for *_, address in found:
+        ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
+        if not ip.is_global or ip.is_multicast:
+            raise ValueError(f"The host {host!r} has the address {ip}, which is not public; allowed_media forbids it.")
 
 
 def serialize_video(

@@ -1,7 +1,7 @@
 """Live video: frames enter the KV cache as they arrive, so that each one costs only its own tokens."""
 
 from .cache_neo import NeoCache
-from .chat_template_neo import GENERATION_PROMPT, IM_END, TURN_END, render_turn, turn_header
+from .chat_template_neo import GENERATION_PROMPT, IM_END, TURN_END, mark_control_tokens, render_turn, turn_header
 from .modeling_neo import NeoForConditionalGeneration
 from .processing_neo import NeoProcessor, format_timestamp
 from .video_processing_neo import sample_frames, video_duration
@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,12 +43,17 @@ class NeoStream:
     text, other text and all indices stay. This is an approximation: tokens after a removed frame have attended to it
     and keep what they took from it, and its T indices stay unused, neither of which a prompt without the frame has.
 
+    A stream does one thing at a time: while a call runs in another thread, or an answer is not yet read to its end,
+    closed or discarded, all others raise a `RuntimeError`. If a call fails, the stream is as it was before.
+
     Args:
         model: a NEO model.
         processor: its processor. Frames are processed by the video processor.
         system: system text.
         max_tokens: maximum number of tokens held after adding a frame. Questions and answers come on top.
         max_seconds: maximum time between the oldest and the newest frame. Requires timestamps.
+        sanitize_control_tokens: whether special tokens in texts and questions are plain text. If not, they are control
+            tokens, and those that mark images are refused.
         frame_kwargs: settings of the video processor, such as `max_pixels` per frame.
     """
 
@@ -58,6 +64,7 @@ class NeoStream:
         system: str | None = None,
         max_tokens: int | None = None,
         max_seconds: float | None = None,
+        sanitize_control_tokens: bool = True,
         **frame_kwargs,
     ):
         for name, limit in (("max_tokens", max_tokens), ("max_seconds", max_seconds)):
@@ -67,7 +74,9 @@ class NeoStream:
         self.processor = processor
         self.max_tokens = max_tokens
         self.max_seconds = max_seconds
+        self.sanitize_control_tokens = sanitize_control_tokens
         self.frame_kwargs = frame_kwargs
+        self._lock = threading.Lock()
         self._cache = NeoCache(model.config.get_text_config())
         self._ids: list[int] = []  # all tokens held; the cache may lack the last ones
         self._position_ids = torch.zeros((3, 1, 0), dtype=torch.long)
@@ -75,8 +84,9 @@ class NeoStream:
         self._frames: list[_Frame] = []
         self._last_timestamp: float | None = None
         self._has_seen_frame = False
-        self._is_answering = False
-        self._pending = render_turn("system", system) + turn_header("user")  # text not yet in the cache
+        self._pending = render_turn("system", self._as_text(system or "")) + turn_header(
+            "user"
+        )  # text not yet in the cache
         self._pending_newline = False  # whether it begins with the newline of the last frame
 
     @property
@@ -101,7 +111,15 @@ class NeoStream:
             ValueError: if the image cannot be read, the timestamp is out of order, or the frame does not fit in
                 `max_tokens`. The stream is left unchanged.
         """
-        self._check_idle()
+        with self._exclusive():
+            before = self._copy()
+            try:
+                self._add_frame(image, timestamp)
+            except BaseException:
+                self.__dict__.update(before.__dict__)  # with it the frames that were removed to make room
+                raise
+
+    def _add_frame(self, image, timestamp: float | None) -> None:
         if timestamp is None and self.max_seconds is not None:
             raise ValueError(f"max_seconds={self.max_seconds} requires a timestamp for each frame.")
         if timestamp is not None and not (self._last_timestamp or 0) <= timestamp < math.inf:
@@ -121,7 +139,9 @@ class NeoStream:
         own_start = next(number for number, (start, _) in enumerate(offsets) if start >= len(self._pending))
         first = len(self._ids)
         no_logits = torch.empty(0, dtype=torch.long)
-        self.append(torch.tensor([ids]), features["pixel_values"], features["image_grid_hw"], logits_to_keep=no_logits)
+        self._append(
+            torch.tensor([ids]), features["pixel_values"], features["image_grid_hw"], logits_to_keep=no_logits
+        )
         self._give_newline(first, offsets)
         self._frames.append(_Frame(first + own_start, len(self._ids), timestamp))
         self._pending, self._pending_newline = "\n", True
@@ -129,11 +149,9 @@ class NeoStream:
 
     def add_text(self, text: str) -> None:
         """Add text to the user turn. It is computed with the next frame or question."""
-        self._check_idle()
-        self._check_text(text)
-        self._pending += text
+        with self._exclusive():
+            self._pending += self._as_text(text)
 
-    @torch.no_grad()
     def append(
         self,
         input_ids: torch.Tensor,
@@ -152,7 +170,11 @@ class NeoStream:
         Returns:
             The model's output for the tokens that were not cached yet, with logits of the last one by default.
         """
-        self._check_idle()
+        with self._exclusive():
+            return self._append(input_ids, pixel_values, image_grid_hw, **kwargs)
+
+    @torch.no_grad()
+    def _append(self, input_ids, pixel_values=None, image_grid_hw=None, **kwargs) -> CausalLMOutputWithPast:
         positions = self._positions_of(input_ids, image_grid_hw)
         cached = self._cache.get_seq_length()
         ids = torch.cat([torch.tensor([self._ids[cached:]], dtype=torch.long), input_ids.cpu()], dim=1)
@@ -191,17 +213,22 @@ class NeoStream:
         Raises:
             ValueError: if no frame was added yet, or the arguments request several sequences.
         """
-        self._check_idle()
-        self._check_text(question)
-        if not self._has_seen_frame:
-            raise ValueError("The stream has no frame yet: call add_frame first.")
-        for name in ("num_beams", "num_return_sequences"):
-            if (generate_kwargs.get(name) or 1) > 1:
-                raise ValueError(f"A stream generates one sequence, got {name}={generate_kwargs[name]}.")
-        return self._answer(question, keep, generate_kwargs)
+        answer = self._ask(question, keep, generate_kwargs)
+        next(answer)  # claims the stream at once, and lets go of it even if nothing is ever read
+        return answer
+
+    def _ask(self, question: str, keep: bool, generate_kwargs: dict) -> Iterator[str]:
+        with self._exclusive():
+            if not self._has_seen_frame:
+                raise ValueError("The stream has no frame yet: call add_frame first.")
+            for name in ("num_beams", "num_return_sequences"):
+                if (generate_kwargs.get(name) or 1) > 1:
+                    raise ValueError(f"A stream generates one sequence, got {name}={generate_kwargs[name]}.")
+            question = self._as_text(question)
+            yield ""
+            yield from self._answer(question, keep, generate_kwargs)
 
     def _answer(self, question: str, keep: bool, generate_kwargs: dict) -> Iterator[str]:
-        self._check_idle()
         tokenizer = self.processor.tokenizer
         end = tokenizer.convert_tokens_to_ids(IM_END)
         new_ids, offsets = self._tokenize(self._pending + question + TURN_END + GENERATION_PROMPT)
@@ -234,7 +261,6 @@ class NeoStream:
             finally:
                 streamer.end()
 
-        self._is_answering = True
         thread = threading.Thread(target=generate, daemon=True)
         thread.start()
         try:
@@ -242,7 +268,6 @@ class NeoStream:
         finally:
             is_closed.set()
             thread.join()
-            self._is_answering = False
             if keep and "output" in result:
                 self._give_newline(len(self._ids), offsets)
                 self._keep(result["output"][0].tolist(), positions, end)
@@ -268,21 +293,38 @@ class NeoStream:
         Create an independent stream with the same past. Nothing is recomputed or copied: both share the cached
         tensors, which are never modified.
         """
-        self._check_idle()
+        with self._exclusive():
+            fork = self._copy()
+        fork._lock = threading.Lock()
+        return fork
+
+    def _copy(self) -> "NeoStream":
         fork = copy.copy(self)
         fork._cache = copy.copy(self._cache)
         fork._cache.layers = [copy.copy(layer) for layer in self._cache.layers]
         fork._ids, fork._frames = list(self._ids), list(self._frames)
         return fork
 
-    def _check_idle(self):
-        if self._is_answering:
-            raise RuntimeError("The stream is generating an answer: read it to its end, or close it, first.")
+    @contextmanager
+    def _exclusive(self):
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                "The stream is busy: another call is running, or it is generating an answer. Read the answer to its "
+                "end, or close it, first."
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
 
-    def _check_text(self, text: str):
+    def _as_text(self, text: str) -> str:
+        """Text as it is tokenized."""
+        if self.sanitize_control_tokens:
+            return mark_control_tokens(text, self.processor.tokenizer)
         for token in (self.processor.image_start_token, self.processor.image_context_token):
             if token in text:
                 raise ValueError(f"Text must not contain {token}, which marks images, got {text!r:.200}.")
+        return text
 
     def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoded = self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

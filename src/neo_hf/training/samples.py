@@ -29,6 +29,7 @@ def encode_record(
     name: str = "",
     images_kwargs: dict | None = None,
     videos_kwargs: dict | None = None,
+    sanitize_control_tokens: bool = True,
 ) -> dict:
     """
     Turn a record into a sample.
@@ -43,6 +44,8 @@ def encode_record(
         root: folder that relative paths start from.
         name: of the sample.
         images_kwargs, videos_kwargs: options of the processor.
+        sanitize_control_tokens: whether special tokens in the messages are plain text, other than those of boxes in
+            answers. `<image>` and `<video>` stay placeholders.
 
     Raises:
         ValueError: the format is unknown, the number of images differs from the number of their places, there is no
@@ -57,6 +60,8 @@ def encode_record(
     messages, media = read_conversation(record, root)
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("The conversation has no assistant turn: there is nothing to train on.")
+    if sanitize_control_tokens:
+        messages = processor.mark_messages(messages, placeholders=False)
 
     rendered: Any = render_jinja_template(
         [messages],
@@ -69,7 +74,8 @@ def encode_record(
         raise ValueError("The chat template has no {% generation %} block around the assistant's text.")
     # Headers and answers are tokenised separately, as in the released training and as in generation. In one string, an
     # answer that starts with a newline would share a token with its header.
-    cuts = [0, *chain.from_iterable(spans), len(text)]
+    cuts = [0, *chain.from_iterable(spans)]
+    cuts += [len(text)] if cuts[-1] < len(text) else []
     segments = [text[start:end] for start, end in pairwise(cuts)]  # every second one is an answer
     images_kwargs = {**(images_kwargs or {})}
     if images_kwargs.pop("share_pixel_budget", True):
