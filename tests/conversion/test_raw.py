@@ -163,7 +163,10 @@ def test_config(raw):
     assert NeoConfig.from_pretrained(folder).vision_config.to_diff_dict() == expected.vision_config.to_diff_dict()
 
     # What a file leaves out are the released values, not transformers' own.
-    for section, names in {"llm_config": ("rope_theta", "rope_theta_hw"), "vision_config": ("rope_theta_vision",)}.items():
+    for section, names in {
+        "llm_config": ("rope_theta", "rope_theta_hw"),
+        "vision_config": ("rope_theta_vision",),
+    }.items():
         config[section] = {name: value for name, value in config[section].items() if name not in names}
     rope = NeoConfig.from_dict(config).text_config.rope_parameters
     assert [rope[axis]["rope_theta"] for axis in ("temporal", "height", "width")] == [1e6, 1e4, 1e4]

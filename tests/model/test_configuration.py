@@ -1,4 +1,7 @@
+import re
+
 import pytest
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from neo_hf import NeoConfig, NeoTextConfig
 
@@ -58,6 +61,20 @@ def test_save_and_load(tmp_path):
         ({"vision_config": {"hidden_size": 30}}, "multiple of 4 .* got 30"),
         ({"vision_config": {"patch_size": 0}}, "patch_size must be positive, got 0"),
         ({"vision_config": {"min_pixels": 9, "max_pixels": 4}}, "got 9 and 4"),
+        ({"text_config": {"num_hidden_layers": 10**6}}, "num_hidden_layers must be at most 1024, got 1000000"),
+        ({"text_config": {"vocab_size": 10**15}}, r"vocab_size must be at most 16777216, got 1e\+15"),
+        ({"text_config": {"head_dim": 2**20}}, "head_dim must be at most 16384, got 1048576"),
+        ({"text_config": {"rms_norm_eps": float("inf")}}, r"rms_norm_eps must be at most 1\.0, got inf"),
+        ({"text_config": {"rms_norm_eps": float("nan")}}, "rms_norm_eps must be positive, got nan"),
+        ({"text_config": {"initializer_range": float("nan")}}, r"initializer_range must be from 0 to 100\.0, got nan"),
+        ({"text_config": {"initializer_range": -0.02}}, r"initializer_range must be from 0 to 100\.0, got -0\.02"),
+        ({"text_config": {"attention_dropout": float("nan")}}, "attention_dropout must be from 0 to 1, got nan"),
+        ({"text_config": {"rope_parameters": 7}}, "rope_parameters must be a dict, got 7"),
+        ({"text_config": [1]}, r"text_config must be a dict, got \[1\]"),
+        ({"vision_config": "neo"}, "vision_config must be a dict, got 'neo'"),
+        ({"vision_config": {"hidden_size": 2**30}}, "hidden_size must be at most 131072, got 1073741824"),
+        ({"vision_config": {"spatial_merge_size": 10**9}}, "spatial_merge_size must be at most 64, got 1000000000"),
+        ({"vision_config": {"max_pixels": 10**15}}, r"max_pixels must be at most 2147483648, got 1e\+15"),
         ({"image_token_id": 200_000}, r"image_token_id must be .* below vocab_size \(151936\), got 200000"),
         ({"image_token_id": 151_670}, "must differ, got .*'image_start_token_id': 151670"),
     ],
@@ -65,6 +82,38 @@ def test_save_and_load(tmp_path):
 def test_bad_values(fields, message):
     with pytest.raises(ValueError, match=message):
         NeoConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("text_config", "hidden_size", "64"),
+        ("text_config", "num_hidden_layers", 4.0),
+        ("text_config", "vocab_size", float("nan")),
+        ("text_config", "rms_norm_eps", "1e-6"),
+        ("vision_config", "patch_size", True),
+        ("vision_config", "max_pixels", float("inf")),
+        (None, "image_token_id", "<img>"),
+    ],
+)
+def test_values_of_another_type(section, field, value):
+    with pytest.raises(StrictDataclassFieldValidationError, match=rf"'{field}'.*{value}"):
+        NeoConfig(**({field: value} if section is None else {section: {field: value}}))
+
+
+@pytest.mark.parametrize("theta", [float("nan"), float("inf"), 0, -1e6, "1e6", True, None, [1e6], 10**400])
+def test_thetas_that_mean_nothing(theta):
+    plain = {axis: {"rope_type": "default", "rope_theta": 1e4} for axis in AXES}
+    for fields in (
+        {"text_config": {"rope_theta": theta}},
+        {"text_config": {"rope_parameters": plain | {"width": {"rope_theta": theta}}}},
+        {"vision_config": {"rope_parameters": {"rope_theta": theta}}},
+    ):
+        with pytest.raises(
+            ValueError,
+            match=r"'rope_theta': positive number up to 1e\+30.* got .*'rope_theta': " + re.escape(repr(theta)),
+        ):
+            NeoConfig(**fields)
 
 
 def test_other_models_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Each part against the formulas of the paper, written out in float64, at sizes and settings that no checkpoint has."""
+"""Each part against the formulas of the paper in float64, at sizes and settings that no checkpoint has."""
 
 import pytest
 import torch
@@ -41,11 +41,14 @@ def reference_attention(attention, x, position_ids, sees):
         spatial = F.linear(x, getattr(attention, f"{name}_proj_hw").weight.double()).unflatten(-1, (-1, d))
         height, width = spatial.chunk(2, dim=-1)
         axes = {"temporal": temporal, "height": height, "width": width}
-        norms = {axis: getattr(attention, f"{name}_norm{suffix}") for axis, suffix in zip(axes, ("", "_h", "_w"))}
+        norms = {
+            axis: getattr(attention, f"{name}_norm{suffix}")
+            for axis, suffix in zip(axes, ("", "_h", "_w"), strict=True)
+        }
         parts[name] = torch.cat(
             [
                 reference_rotation(reference_norm(axes[axis], norms[axis]), places, THETAS[axis])
-                for axis, places in zip(axes, position_ids)
+                for axis, places in zip(axes, position_ids, strict=True)
             ],
             dim=-1,
         )
@@ -63,7 +66,7 @@ def test_the_decoder_is_its_formulas():
     """A layer and the final norm, with an eps and three thetas of their own."""
     model = unusual_model()
     decoder, layer = model.model.language_model, model.model.language_model.layers[0]
-    ids, pixels, grids = random_prompt(torch.Generator().manual_seed(1), [(2, 3), (3, 1)])
+    ids, _, grids = random_prompt(torch.Generator().manual_seed(1), [(2, 3), (3, 1)])
     places = allocate_position_ids(ids[None], grids, image_token_id=IMAGE, image_start_token_id=IMAGE_START)
     embeds = torch.randn(len(ids), 64, generator=torch.Generator().manual_seed(2))
     found = decoder(inputs_embeds=embeds[None], position_ids=places).last_hidden_state[0]
@@ -127,7 +130,8 @@ def test_patches_are_their_formulas(dtype):
     torch.testing.assert_close(found.double(), expected, rtol=1.01 * rounding, atol=5e-5)
 
     start = 0
-    for (rows, columns), its_tokens in zip(grids, tokens.split([rows * columns // 4 for rows, columns in grids])):
+    sizes = [rows * columns // 4 for rows, columns in grids]
+    for (rows, columns), its_tokens in zip(grids, tokens.split(sizes), strict=True):
         grid = found[start : start + rows * columns].T.reshape(1, -1, rows, columns)
         folded = F.conv2d(grid, embed.dense_embedding.weight, embed.dense_embedding.bias, stride=2)
         torch.testing.assert_close(its_tokens, folded[0].flatten(1).T)

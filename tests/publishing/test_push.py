@@ -5,11 +5,11 @@ import sys
 
 import pytest
 from helpers import random_model, tiny_config
-from neo_hf_cli import main
 
 from neo_hf.conversion import convert_hub_to_raw, convert_raw_to_hub
 from neo_hf.conversion.target import shipped_files
 from neo_hf.publishing.hub import check_complete
+from neo_hf_cli import main
 
 WEIGHTS = "model.safetensors"
 
