@@ -78,7 +78,7 @@ def require_within_limits(config: Any, *names: str):
     for name in names:
         value: Any = getattr(config, name)
         require(value > 0, f"{name} must be positive, got {value}.")
-        require(value <= LIMITS[name], f"{name} must be at most {LIMITS[name]}, got {value:.10g}.")
+        require(value <= LIMITS[name], f"{name} must be at most {LIMITS[name]}, got {value!s:.40}.")
 
 
 def _is_plain_rope(rope: Any) -> bool:

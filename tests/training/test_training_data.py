@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from helpers import GOLDEN, random_prompt
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
@@ -553,7 +553,6 @@ def test_weights(processor, tokenizer):
     assert draw(1, 50) != drawn[:50]
 
 
-@settings(deadline=None)
 @given(total=st.integers(1, 12), num_shards=st.integers(1, 5), passes=st.integers(1, 3), seed=st.integers(0, 3))
 def test_readers_share_each_pass(total, num_shards, passes, seed):
     source = Source(list(range(total)))
@@ -648,7 +647,6 @@ def test_best_fit():
     assert names(fill_rows(documents(lengths), max_length=10, buffer_size=1)) == [[number] for number in range(8)]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 12), max_size=30), st.integers(1, 8))
 def test_packing(lengths, buffer_size):
     samples = documents(lengths)
