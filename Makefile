@@ -6,9 +6,9 @@ INSTALLED := $(VENV)/installed
 PYTEST := -m pytest --numprocesses auto --dist loadfile
 FAST := -m "not slow"
 
-test test-floor test-newest: export OMP_NUM_THREADS := 1
+test test-floor test-newest fuzz fuzz-streams: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-floor test-newest lint docs bench clean
+.PHONY: demo test test-floor test-newest fuzz fuzz-streams lint docs bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -27,6 +27,16 @@ test-newest:
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --editable ".[dev]"
 	.venv-newest/bin/python $(PYTEST) $(FAST)
+
+# Tests of random input, four times the examples of the suite, over and over for ten minutes.
+fuzz: $(INSTALLED)
+	end=$$(($$(date +%s) + 600)); while [ $$(date +%s) -lt $$end ]; do \
+		$(BIN)/python $(PYTEST) -m hypothesis --hypothesis-profile fuzz || exit 1; \
+	done
+
+# 10,000 random sequences of operations on live streams, each equal to whole prompts.
+fuzz-streams: $(INSTALLED)
+	$(BIN)/python -m pytest tests/generation/test_stream_operations.py --hypothesis-profile nightly
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -12,12 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import GOLDEN, load_golden_model, random_model, tiny_config
+from hypothesis import settings
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_images
 
 from neo_hf import NeoImageProcessor, NeoProcessor
 from neo_hf.tokenization import load_qwen_package_tokenizer
+
+# --hypothesis-profile: each test tries its own number of examples in "ci", the default, and a multiple of it in the
+# others (helpers.num_examples). "fuzz" is what `make fuzz` repeats for ten minutes, "nightly" is 20 times "ci".
+for profile, examples in (("ci", 100), ("fuzz", 400), ("nightly", 2000)):
+    settings.register_profile(profile, max_examples=examples, deadline=None, print_blob=True)
+settings.load_profile("ci")
 
 
 def pytest_collection_modifyitems(items):

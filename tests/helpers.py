@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import torch
+from hypothesis import settings
 
 from neo_hf import NeoConfig, NeoForConditionalGeneration
 
@@ -14,6 +15,11 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 IMAGE, IMAGE_START, IMAGE_END, EOS = 501, 502, 503, 505
 CASES = ["text_only", "one_image", "two_images", "adjacent_images", "video_4_frames"]
+
+
+def num_examples(in_ci):
+    """How many examples Hypothesis tries in the profile in use (conftest.py), where the profile "ci" tries `in_ci`."""
+    return in_ci * settings().max_examples // 100
 
 
 def golden_case(golden, name):

@@ -3,6 +3,7 @@
 from .configuration_neo import NeoTextConfig
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -84,11 +85,13 @@ class NeoCache(DynamicCache):
     """
     A `DynamicCache` of `GrowingLayer`s.
 
-    rope_deltas: (B, 1) int64, what to add to a row's length for the next T index; set by the model. It follows when
-    rows are moved, repeated or selected. Cropping leaves it, which is right as long as no image is cut off.
+    Set by the model, both `int64`; they follow when rows are moved, repeated or selected:
+    rope_deltas: (B, 1), what to add to a row's length for the next T index.
+    next_indices: (B, S), the T index that follows each token, -1 within an image. Read where the cache was cropped.
     """
 
     rope_deltas: torch.Tensor | None = None
+    next_indices: torch.Tensor | None = None
 
     def __init__(self, config: NeoTextConfig):
         super().__init__(config=config)
@@ -96,15 +99,17 @@ class NeoCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor):
         super().reorder_cache(beam_idx)
-        if self.rope_deltas is not None:
-            self.rope_deltas = self.rope_deltas.index_select(0, beam_idx.to(self.rope_deltas.device))
+        self._change_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int):
         super().batch_repeat_interleave(repeats)
-        if self.rope_deltas is not None:
-            self.rope_deltas = self.rope_deltas.repeat_interleave(repeats, dim=0)
+        self._change_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor):
         super().batch_select_indices(indices)
-        if self.rope_deltas is not None:
-            self.rope_deltas = self.rope_deltas[indices]
+        self._change_rows(lambda x: x[indices])
+
+    def _change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]):
+        for name in ("rope_deltas", "next_indices"):
+            if (x := getattr(self, name)) is not None:
+                setattr(self, name, change(x))

@@ -46,6 +46,26 @@ RELEASED_TOKEN_IDS = {"image_token_id": 151669, "image_start_token_id": 151670, 
 # The released configurations omit the depth of the pre-Buffer; it follows from that of the model (paper, Table 1).
 PRE_BUFFER_LAYERS_BY_DEPTH = {40: 12, 42: 6}
 
+# Far beyond any model, so that a damaged or hostile file is refused before anything is built.
+LIMITS = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**17,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 4096,
+    "num_key_value_heads": 4096,
+    "head_dim": 2**14,
+    "max_position_embeddings": 2**31,
+    "rms_norm_eps": 1.0,
+    "initializer_range": 100.0,
+    "patch_size": 1024,
+    "spatial_merge_size": 64,
+    "num_channels": 64,
+    "min_pixels": 2**31,
+    "max_pixels": 2**31,
+    "rope_theta": 1e30,
+}
+
 
 def require(condition: bool, message: str):
     """Raise a ValueError with this message unless the condition holds."""
@@ -53,13 +73,21 @@ def require(condition: bool, message: str):
         raise ValueError(message)
 
 
+def require_within_limits(config: Any, *names: str):
+    """Raise a ValueError that names the first of these fields that is not positive, or larger than `LIMITS` allows."""
+    for name in names:
+        value: Any = getattr(config, name)
+        require(value > 0, f"{name} must be positive, got {value}.")
+        require(value <= LIMITS[name], f"{name} must be at most {LIMITS[name]}, got {value!s:.40}.")
+
+
 def _is_plain_rope(rope: Any) -> bool:
-    return (
-        isinstance(rope, dict)
-        and set(rope) <= {"rope_type", "rope_theta"}
-        and rope.get("rope_type", "default") == "default"
-        and rope.get("rope_theta", 0) > 0
-    )
+    if not isinstance(rope, dict) or not set(rope) <= {"rope_type", "rope_theta"}:
+        return False
+    theta = rope.get("rope_theta")
+    if not isinstance(theta, (int, float)) or isinstance(theta, bool):
+        return False
+    return rope.get("rope_type", "default") == "default" and 0 < theta <= LIMITS["rope_theta"]
 
 
 class _RopeIsNeverScaled:
@@ -74,6 +102,7 @@ class _RopeIsNeverScaled:
     def __setattr__(self, name: str, value: Any):
         if name == "rope_parameters" and (value or self.rope_parameters):  # empty only while it is built
             labels = self._rope_type_labels
+            require(value is None or isinstance(value, dict), f"rope_parameters must be a dict, got {value!r:.200}.")
             value = {"rope_type": "default", **(value or {})}
             axes = [value.get(label) for label in labels] or [value]
             require(
@@ -81,7 +110,7 @@ class _RopeIsNeverScaled:
                 and (not labels or set(value) == {"rope_type", *labels})
                 and all(map(_is_plain_rope, axes)),
                 "NEO has no rope scaling: rope_parameters must be {'rope_type': 'default', 'rope_theta': positive "
-                f"number}}{f' for each of {labels}' if labels else ''}, got {value}.",
+                f"number up to {LIMITS['rope_theta']}}}{f' for each of {labels}' if labels else ''}, got {value}.",
             )
         super().__setattr__(name, value)
 
@@ -147,7 +176,7 @@ class NeoTextConfig(_RopeIsNeverScaled, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.rope_parameters is None:
             self.rope_parameters = {
-                "temporal": {"rope_type": "default", "rope_theta": float(kwargs.pop("rope_theta", 1_000_000.0))},
+                "temporal": {"rope_type": "default", "rope_theta": kwargs.pop("rope_theta", 1_000_000.0)},
                 "height": {"rope_type": "default", "rope_theta": 10_000.0},
                 "width": {"rope_type": "default", "rope_theta": 10_000.0},
             }
@@ -158,9 +187,24 @@ class NeoTextConfig(_RopeIsNeverScaled, PreTrainedConfig):
         )
         super().__post_init__(**kwargs)
 
-        sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-        for name in [*sizes, "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"]:
-            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}.")
+        require(
+            self.head_dim > 0 and self.head_dim % 4 == 0,
+            f"head_dim must be a positive multiple of 4 (height and width turn pairs of channels in a quarter of the "
+            f"head each), got {self.head_dim}.",
+        )
+        sizes = [
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "head_dim",
+        ]
+        require_within_limits(self, *sizes, "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
+        require(
+            0 <= self.initializer_range <= LIMITS["initializer_range"],
+            f"initializer_range must be from 0 to {LIMITS['initializer_range']}, got {self.initializer_range}.",
+        )
         require(
             self.hidden_act in ACT2FN, f"hidden_act must be one of transformers' activations, got {self.hidden_act!r}."
         )
@@ -171,11 +215,6 @@ class NeoTextConfig(_RopeIsNeverScaled, PreTrainedConfig):
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_attention_heads must be a multiple of num_key_value_heads, got {self.num_attention_heads} and "
             f"{self.num_key_value_heads}.",
-        )
-        require(
-            self.head_dim > 0 and self.head_dim % 4 == 0,
-            f"head_dim must be a positive multiple of 4 (height and width turn pairs of channels in a quarter of the "
-            f"head each), got {self.head_dim}.",
         )
         require(
             self.num_pre_buffer_layers is None or 0 <= self.num_pre_buffer_layers <= self.num_hidden_layers,
@@ -219,8 +258,7 @@ class NeoVisionConfig(_RopeIsNeverScaled, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)  # fills in rope_theta 10 000 where none is given
-        for name in ("patch_size", "spatial_merge_size", "num_channels"):
-            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}.")
+        require_within_limits(self, "patch_size", "spatial_merge_size", "num_channels")
         require(
             self.hidden_size > 0 and self.hidden_size % 4 == 0,
             f"vision hidden_size must be a positive multiple of 4 (x and y each turn pairs of channels in one half), "
@@ -230,6 +268,7 @@ class NeoVisionConfig(_RopeIsNeverScaled, PreTrainedConfig):
             0 < self.min_pixels <= self.max_pixels,
             f"min_pixels must be positive and at most max_pixels, got {self.min_pixels} and {self.max_pixels}.",
         )
+        require_within_limits(self, "hidden_size", "min_pixels", "max_pixels")
 
 
 @strict
@@ -264,6 +303,7 @@ class NeoConfig(PreTrainedConfig):
         for name, config_class in self.sub_configs.items():
             value = getattr(self, name)
             if not isinstance(value, PreTrainedConfig):
+                require(value is None or isinstance(value, dict), f"{name} must be a dict, got {value!r:.200}.")
                 setattr(self, name, config_class(**(value or {})))
         kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
         super().__post_init__(**kwargs)

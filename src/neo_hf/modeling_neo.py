@@ -35,6 +35,7 @@ from typing import ClassVar
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
@@ -322,7 +323,7 @@ class NeoModel(NeoPreTrainedModel):
             document_ids=document_ids,
         )
         if past_length:
-            deltas = getattr(past_key_values, "rope_deltas", None)
+            deltas = rope_deltas_of(past_key_values, past_length)
             if deltas is None or deltas.shape[0] != token_ids.shape[0]:
                 raise ValueError(
                     "The cache does not say where its rows ended (it was not filled by this model, or its batch was "
@@ -466,26 +467,62 @@ class NeoModel(NeoPreTrainedModel):
         attention_mask: torch.Tensor | None,
     ):
         """
-        Note on the cache by how much the next T index of each row differs from the row's length, which is what text
-        leaves unchanged: see `get_position_ids`.
+        Note on the cache where each row goes on, see `get_position_ids`: `rope_deltas` (B, 1), by how much the next T
+        index differs from the length, which is what text leaves unchanged, and `next_indices` (B, S), for caches that
+        are cropped: the T index that would follow each token, or -1 where a cut would go through an image.
         """
         if cache is None or is_tracing(position_ids):
             return
-        end, length = cache.get_seq_length(), position_ids.shape[-1]
-        next_index = position_ids[0].amax(-1, keepdim=True) + 1
-        attended = None
-        if attention_mask is not None and attention_mask.ndim == 2:
-            attended = attention_mask[:, -length:] != 0
+        end, temporal = cache.get_seq_length(), position_ids[0]
+        length = temporal.shape[-1]
+        next_indices = temporal + 1
         if token_ids is not None:
-            places = torch.arange(length, device=token_ids.device)
-            last = places[-1:] if attended is None else (attended * places).amax(-1, keepdim=True)
-            last_ids = token_ids.gather(1, last.expand(token_ids.shape[0], 1))
-            next_index = next_index + (last_ids == self._image_start_token_id)
-        if attended is not None:  # rows of padding alone do not move
+            next_indices = next_indices + (token_ids == self._image_start_token_id)
+        is_attended = None
+        if attention_mask is not None and attention_mask.ndim == 2:
+            is_attended = attention_mask[:, -length:] != 0
+            next_indices = next_indices.masked_fill(~is_attended, -1)
+        next_indices = next_indices.cummax(-1).values
+        if is_attended is not None:  # rows of padding alone do not move
             deltas = getattr(cache, "rope_deltas", None)
             previous = 0 if deltas is None else deltas + (end - length)
-            next_index = torch.where(attended.any(-1, keepdim=True), next_index, previous)
-        cache.rope_deltas = next_index - end
+            next_indices = torch.where(next_indices < 0, previous, next_indices)
+        cache.rope_deltas = next_indices[:, -1:] - end
+        if not isinstance(end, int):  # a static cache, which cannot be cropped
+            return
+        if length > 1:
+            is_cut = temporal[:, 1:] == temporal[:, :-1]
+            if is_attended is not None:
+                is_cut = is_cut & is_attended[:, 1:] & is_attended[:, :-1]
+            next_indices = torch.cat([next_indices[:, :-1].masked_fill(is_cut, -1), next_indices[:, -1:]], dim=-1)
+        start = end - length
+        if start:
+            past = getattr(cache, "next_indices", None)
+            if past is None or past.shape[0] != len(next_indices):
+                past = next_indices.new_empty(len(next_indices), 0)
+            past = F.pad(past[:, :start], (0, max(start - past.shape[1], 0)), value=-1)
+            next_indices = torch.cat([past.to(next_indices.device), next_indices], dim=-1)
+        cache.next_indices = next_indices
+
+
+def rope_deltas_of(cache: Cache, length: int | torch.Tensor) -> torch.Tensor | None:
+    """
+    By how much the next T index of each row of the cache differs from its length, (B, 1), or `None` if that is not
+    known.
+
+    Raises:
+        ValueError: the cache was cropped to a length that cuts an image, whose tokens have seen what was cut off.
+    """
+    next_indices = getattr(cache, "next_indices", None)
+    if next_indices is None or not isinstance(length, int) or next_indices.shape[1] <= length:
+        return getattr(cache, "rope_deltas", None)
+    next_index = next_indices[:, length - 1 : length]
+    if (next_index < 0).any():
+        raise ValueError(
+            f"The cache was cropped from {next_indices.shape[1]} to {length} tokens, within an image or within tokens "
+            "of unknown index. Crop before or after an image, since its tokens see each other, or give position_ids."
+        )
+    return next_index - length
 
 
 def check_token_ids(input_ids: torch.Tensor, vocab_size: int):

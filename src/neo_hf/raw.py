@@ -120,9 +120,9 @@ def released_token_ids(vocab_size: int) -> dict[str, int | None]:
     return {name: token_id if token_id < vocab_size else None for name, token_id in RELEASED_TOKEN_IDS.items()}
 
 
-def rope(theta: float) -> dict[str, Any]:
-    """The rotary parameters of one axis."""
-    return {"rope_type": "default", "rope_theta": float(theta)}
+def rope(theta: Any) -> dict[str, Any]:
+    """The rotary parameters of one axis, whose theta the configuration checks."""
+    return {"rope_type": "default", "rope_theta": theta}
 
 
 def raw_config_to_neo(raw: dict[str, Any]) -> dict[str, Any]:
@@ -144,6 +144,8 @@ def raw_config_to_neo(raw: dict[str, Any]) -> dict[str, Any]:
 
     for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
         require(name in text, f"llm_config must give {name}, got only {sorted(text)}.")
+    vocab_size = text["vocab_size"]
+    require(isinstance(vocab_size, int), f"llm_config.vocab_size must be a whole number, got {vocab_size!r:.200}.")
     llm_type = text.get("model_type", "qwen3")
     require(llm_type == "qwen3", f"llm_config.model_type must be 'qwen3', got {llm_type!r}.")
     require(
@@ -162,8 +164,10 @@ def raw_config_to_neo(raw: dict[str, Any]) -> dict[str, Any]:
     )
     downsample_ratio = vision.get("downsample_ratio", raw.get("downsample_ratio", 0.5))
     require(
-        0 < downsample_ratio <= 1 and (1 / downsample_ratio).is_integer(),
-        f"downsample_ratio must be 1 over a whole number, got {downsample_ratio}.",
+        isinstance(downsample_ratio, (int, float))
+        and 0 < downsample_ratio <= 1
+        and (1 / downsample_ratio).is_integer(),
+        f"downsample_ratio must be 1 over a whole number, got {downsample_ratio!r:.200}.",
     )
 
     theta = rope_parameters.get("rope_theta", text.get("rope_theta", 1_000_000.0))
@@ -179,7 +183,7 @@ def raw_config_to_neo(raw: dict[str, Any]) -> dict[str, Any]:
         "model_type": NeoConfig.model_type,
         "text_config": text_config,
         "vision_config": vision_config,
-        **released_token_ids(text["vocab_size"]),
+        **released_token_ids(vocab_size),
         **given_ids,
         "tie_word_embeddings": text.get("tie_word_embeddings", raw.get("tie_word_embeddings")),
         "dtype": raw.get("torch_dtype") or raw.get("dtype") or text.get("torch_dtype"),

@@ -162,6 +162,16 @@ def test_config(raw):
     write_config(folder, config)
     assert NeoConfig.from_pretrained(folder).vision_config.to_diff_dict() == expected.vision_config.to_diff_dict()
 
+    # What a file leaves out are the released values, not transformers' own.
+    for section, names in {
+        "llm_config": ("rope_theta", "rope_theta_hw"),
+        "vision_config": ("rope_theta_vision",),
+    }.items():
+        config[section] = {name: value for name, value in config[section].items() if name not in names}
+    rope = NeoConfig.from_dict(config).text_config.rope_parameters
+    assert [rope[axis]["rope_theta"] for axis in ("temporal", "height", "width")] == [1e6, 1e4, 1e4]
+    assert NeoConfig.from_dict(config).vision_config.rope_parameters["rope_theta"] == 1e4
+
     # As training writes them.
     del config["template"], config["downsample_ratio"], config["vision_config"]["downsample_ratio"]
     config |= {"img_start_token_id": IMAGE_START, "img_context_token_id": IMAGE}

@@ -8,6 +8,8 @@ import torch
 from helpers import IMAGE, IMAGE_END, IMAGE_START, batch, one, random_model, random_prompt, tiny_config
 from transformers import DynamicCache, StaticCache
 
+from neo_hf.cache_neo import NeoCache
+
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
@@ -305,3 +307,56 @@ def test_rows_of_padding_do_not_move(model, prompts):
         model(input_ids=second, attention_mask=mask[:, :3], past_key_values=cache)
         found = model(input_ids=third, attention_mask=mask, past_key_values=cache).logits
     torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, NeoCache])
+@pytest.mark.parametrize("split", [0, 4, 12])
+@torch.no_grad()
+def test_cropped_caches_continue_with_the_correct_index(model, kind, split):
+    """Cut back to any length and continued, as the tokens up to there are; within an image, refused."""
+    ids = torch.tensor([[1, 2, 3, IMAGE_START, *[IMAGE] * 6, IMAGE_END, 4, IMAGE_START, IMAGE, IMAGE_END, 5, 6, 7]])
+    pixels = torch.randn(28, 768, generator=torch.Generator().manual_seed(4))
+    grid, more = torch.tensor([[4, 6], [2, 2]]), torch.tensor([[8, IMAGE_START, IMAGE, IMAGE_END, 9]])
+    first, both, last = (
+        {"pixel_values": pixels[patches], "image_grid_hw": grid[which]}
+        for patches, which in ((slice(24), slice(1)), (slice(None), slice(None)), (slice(24, None), slice(1, None)))
+    )
+    parts = {
+        0: [(ids, both)],
+        4: [(ids[:, :4], {}), (ids[:, 4:], both)],
+        12: [(ids[:, :12], first), (ids[:, 12:], last)],
+    }
+    for length in range(1, ids.shape[1]):
+        cache = kind(config=model.config.text_config)
+        for part, images in parts[split]:
+            model(input_ids=part, past_key_values=cache, **images)
+        cache.crop(length - ids.shape[1])
+        if ids[0, length - 1] == ids[0, length] == IMAGE:
+            with pytest.raises(ValueError, match=f"cropped from 18 to {length} tokens, within an image"):
+                model(input_ids=more, past_key_values=cache, **last)
+            continue
+        found = [model(input_ids=more, past_key_values=cache, **last).logits]
+        found += [model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits for token in (10, 11)]
+        whole = torch.cat([ids[:, :length], more, torch.tensor([[10, 11]])], dim=1)
+        sizes = [count for count, end in ((6, 10), (1, 14)) if length >= end]
+        grids = torch.cat([grid[: len(sizes)], grid[1:]])
+        patches = torch.cat([pixels[: 4 * sum(sizes)], pixels[24:]])
+        expected = model(input_ids=whole, pixel_values=patches, image_grid_hw=grids).logits[:, length:]
+        torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_cropped_batches_continue_with_the_correct_index(model, prompts):
+    """Also after rows have traded places, and over padding on the right."""
+    inputs = batch(prompts[:2], "right")  # rows of 14 and 11 tokens
+    cache = NeoCache(model.config.text_config)
+    model(**inputs, past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.crop(-1)
+    more = torch.tensor([[7, 8], [9, 10]])
+    mask = torch.cat([inputs["attention_mask"].flip(0)[:, :13], torch.ones_like(more)], dim=1)
+    found = model(input_ids=more, attention_mask=mask, past_key_values=cache).logits
+    for row, prompt in enumerate((prompts[1], prompts[0])):
+        ids = torch.cat([prompt[0][:13], more[row]])
+        expected = model(**one((ids, *prompt[1:]))).logits[:, -2:]
+        torch.testing.assert_close(found[row : row + 1], expected, rtol=0, atol=1e-4)

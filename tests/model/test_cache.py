@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import batch, one, random_prompt
+from helpers import batch, num_examples, one, random_prompt
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -19,7 +19,7 @@ OPERATIONS = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=num_examples(100))
 @given(st.lists(OPERATIONS, max_size=12))
 @example([("fork", 1), ("update", 1), ("swap", 1), ("update", 1)])
 @example([("fork", 1), ("crop", 1), ("update", 1)])

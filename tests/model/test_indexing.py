@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers import num_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,7 +43,7 @@ def oracle(ids, grids):
     return positions
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=num_examples(300))
 @given(
     st.lists(st.lists(documents(), min_size=1, max_size=3), min_size=1, max_size=3),
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=3, max_size=3),
@@ -85,7 +86,7 @@ def test_allocate_position_ids(rows, padding, merge, padding_id):
     assert torch.equal(alone[:, 0], torch.tensor(oracle(ids, document_grids)).T)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=num_examples(200))
 @given(st.lists(documents(), min_size=1, max_size=4))
 def test_image_ids(row):
     ids, document_ids, grids, image_of = [], [], [], []

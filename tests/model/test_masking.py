@@ -5,7 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from helpers import IMAGE, IMAGE_START, dense_mask_oracle, one, random_model, random_prompt, tiny_config
+from helpers import IMAGE, IMAGE_START, dense_mask_oracle, num_examples, one, random_model, random_prompt, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -50,7 +50,7 @@ def layout(batch, packed):
     return inputs | ({"document_ids": document_ids} if packed else {}), attended, expected
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=num_examples(150))
 @given(
     st.lists(rows(), min_size=1, max_size=3),
     st.sampled_from(["eager", "sdpa", "neo", "flex_attention"]),
@@ -92,7 +92,7 @@ def test_mask(batch, implementation, packed):
         compare(StaticCache(config=config, max_cache_len=length + 5))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=num_examples(25))
 @given(st.lists(rows(), min_size=1, max_size=3), st.booleans(), st.integers(1, 5))
 def test_same_logits_and_gradients(batch, packed, tile_size):
     inputs, attended, _ = layout(batch, packed)
@@ -146,7 +146,7 @@ def long_rows(draw, length, packed):
     return [(row[:stop] + [-1] * length)[:length] for row in (documents, images)]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=num_examples(60))
 @given(st.data(), st.integers(2, 500), st.booleans(), st.sampled_from([0, 5, 128, 200]))
 def test_block_mask(data, length, packed, cached):
     """To the block what `create_block_mask` finds by looking at each pair."""

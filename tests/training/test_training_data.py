@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections import Counter
 from itertools import islice, pairwise
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from helpers import GOLDEN, random_prompt
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
@@ -301,6 +302,74 @@ def test_what_people_type_is_text(processor, tokenizer):
         encode_record(record, processor, sanitize_control_tokens=False)
 
 
+PREPARED = {
+    "input_ids": torch.tensor([HI, *IMAGE, HI, YES]),
+    "labels": torch.tensor([-100] * 10 + [YES]),
+    "pixel_values": torch.zeros(24, 768),
+    "image_grid_hw": torch.tensor([[4, 6]]),
+}
+
+
+def changed(key, place, value):
+    """The prepared sample with another value in one place."""
+    tensor = PREPARED[key].clone()
+    tensor[place] = value
+    return PREPARED | {key: tensor}
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (changed("input_ids", 0, 10**6), "input_ids .* below 151682, the size of the vocabulary, got 1000000"),
+        (changed("input_ids", 0, -1), "input_ids of a sample must be at least 0 .*, got -1"),
+        (changed("labels", -1, -7), "labels of a sample must be at least 0 .*, got -7"),
+        (changed("labels", -1, BEGIN), r"An answer of a sample contains <\|im_start\|>"),
+        (changed("input_ids", 0, IMG), "follows one <img>, got 2 for 1 images"),
+        (changed("input_ids", 0, CONTEXT), r"have \[6\] visual tokens, but its input_ids hold \[1, 6\]"),
+        (changed("input_ids", 3, HI), r"have \[6\] visual tokens, but its input_ids hold \[1, 4\]"),
+        (changed("pixel_values", (3, 5), float("nan")), "must be finite, got 1 values that are not, as nan"),
+        (changed("pixel_values", 3, float("inf")), "must be finite, got 768 values that are not, as inf"),
+        (changed("image_grid_hw", 0, 5), r"image_grid_hw\[0\] must be positive multiples of 2 .*, got \(5, 5\)"),
+        (changed("image_grid_hw", 0, 4), r"The grids \[\[4, 4\]\] of a sample need 16 patches, .* \(24, 768\)"),
+        (changed("image_grid_hw", (0, 0), -4), r"must be positive multiples of 2 .*, got \(-4, 6\)"),
+        (PREPARED | {"image_grid_hw": [[2, 6], [2, 6]]}, r"have \[3, 3\] visual tokens, .* hold \[6\]"),
+        (PREPARED | {"image_grid_hw": [[4.0, 6.0]]}, r"image_grid_hw of a sample must be whole numbers, got .*4\.0"),
+        (PREPARED | {"image_grid_hw": None}, "both pixel_values and image_grid_hw"),
+        (PREPARED | {"pixel_values": None}, "both pixel_values and image_grid_hw"),
+        (PREPARED | {"pixel_values": torch.zeros(24, 700)}, r"\(patches, 768\), got \(24, 700\)"),
+        (PREPARED | {"pixel_values": [["red"]]}, r"pixel_values of a sample must be numbers, got \[\['red'\]\]"),
+        (PREPARED | {"input_ids": [0.5] * 11}, r"input_ids of a sample must be whole numbers, got .*0\.5"),
+        ({"input_ids": [1, 2], "labels": [1, 2], "image_grid_hw": [[2, 2]]}, "both pixel_values and image_grid_hw"),
+    ],
+)
+def test_bad_samples(processor, caplog, sample, message):
+    """Samples that come prepared are checked as records are, also by streams, which skip them and say why."""
+    with pytest.raises(ValueError, match=message):
+        encode_record(sample, processor)
+    stream = SampleStream([Source([sample, PREPARED])], processor)
+    assert all(torch.equal(found["input_ids"], PREPARED["input_ids"]) for found in islice(stream, 3))
+    assert stream.num_skipped
+    assert re.search(message, caplog.text)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_collators_check_samples(packed):
+    """As far as that goes without the vocabulary."""
+    collate = (
+        (lambda sample: PackedCollator(0, 11)([[sample]])) if packed else lambda sample: PaddedCollator(0)([sample])
+    )
+    collate(PREPARED)
+    for sample, message in (
+        (changed("input_ids", 0, -1), "got -1"),
+        (changed("labels", -1, -7), "got -7"),
+        (changed("pixel_values", (3, 5), float("nan")), "must be finite"),
+        (changed("image_grid_hw", 0, 4), "need 16 patches"),
+        (PREPARED | {"labels": [1]}, r"labels \(L,\), got"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            collate(sample)
+
+
 def test_template_without_markers(tokenizer):
     template = "{% for m in messages %}{{ m.content[0].text }}{% endfor %}"
     with pytest.raises(ValueError, match=r"no {% generation %}"):
@@ -496,7 +565,6 @@ def test_weights(processor, tokenizer):
     assert draw(1, 50) != drawn[:50]
 
 
-@settings(deadline=None)
 @given(total=st.integers(1, 12), num_shards=st.integers(1, 5), passes=st.integers(1, 3), seed=st.integers(0, 3))
 def test_readers_share_each_pass(total, num_shards, passes, seed):
     source = Source(list(range(total)))
@@ -591,7 +659,6 @@ def test_best_fit():
     assert names(fill_rows(documents(lengths), max_length=10, buffer_size=1)) == [[number] for number in range(8)]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 12), max_size=30), st.integers(1, 8))
 def test_packing(lengths, buffer_size):
     samples = documents(lengths)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from neo_hf.loss_neo import IGNORE_INDEX
+from neo_hf.training.samples import check_sample
 
 # The weight of predicting a token, by the number of tokens in its document that count.
 LOSS_WEIGHTINGS = {"token": lambda count: 1.0, "square": lambda count: count**-0.5, "sample": lambda count: 1 / count}
@@ -26,7 +27,7 @@ class PaddedCollator:
         `image_grid_hw` (N, 2) int64; `sample_names`, a list, if all samples have names.
 
     Raises:
-        ValueError: unknown loss_weighting.
+        ValueError: unknown loss_weighting; when called, a sample is not what `check_sample` expects.
     """
 
     pad_token_id: int
@@ -56,7 +57,8 @@ class PackedCollator:
         each row; padding is a document of its own.
 
     Raises:
-        ValueError: unknown loss_weighting; when called, a row is too long or not a list of samples.
+        ValueError: unknown loss_weighting; when called, a row is too long or not a list of samples, or a sample is
+            not what `check_sample` expects.
     """
 
     pad_token_id: int
@@ -83,6 +85,7 @@ def check_loss_weighting(loss_weighting: str):
 
 def join_rows(rows: list[list[dict]], length: int, pad_token_id: int, loss_weighting: str) -> dict:
     """A batch of rows of documents, padded on the right to `length` tokens."""
+    rows = [[check_sample(sample) for sample in row] for row in rows]
     shape = (len(rows), length)
     batch: dict = {
         "input_ids": torch.full(shape, pad_token_id),

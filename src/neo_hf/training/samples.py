@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from neo_hf.chat_template_neo import IM_START
 from neo_hf.image_processing_neo import shared_budget
+from neo_hf.indexing_neo import check_grid
 from neo_hf.loss_neo import IGNORE_INDEX
 from neo_hf.processing_neo import NeoProcessor
 from neo_hf.training.records import read_conversation
@@ -54,7 +56,10 @@ def encode_record(
     if not isinstance(record, dict):
         raise ValueError(f"A record must be a dict, got {record!r:.200}.")
     if record.get("input_ids") is not None:
-        return _check_sample(record, processor, name)
+        sample = check_sample(record, processor, name)
+        if not (sample["labels"][1:] != IGNORE_INDEX).any():
+            raise ValueError(f"All labels of the sample are {IGNORE_INDEX}: there is nothing to train on.")
+        return {"name": "", **sample}
     if processor is None:
         raise ValueError("Encoding a conversation needs a processor, got None.")
     messages, media = read_conversation(record, root)
@@ -105,24 +110,98 @@ def encode_record(
     return {**sample, **images, "name": name}
 
 
-def _check_sample(record: dict, processor: NeoProcessor | None, name: str) -> dict:
-    """A record that is a sample already, with the right types."""
-    dtypes = {"input_ids": torch.long, "labels": torch.long, "image_grid_hw": torch.long, "pixel_values": torch.float}
-    sample = {
-        key: torch.as_tensor(record[key], dtype=dtype) for key, dtype in dtypes.items() if record.get(key) is not None
-    }
+def check_sample(record: dict, processor: NeoProcessor | None = None, name: str = "") -> dict:
+    """
+    A record that is a sample already, with the right types.
+
+    Args:
+        record: `input_ids` and `labels`, with images `pixel_values` and `image_grid_hw`: tensors, arrays or lists.
+        processor: of the model, to check tokens and patches against.
+        name: of the sample, where it has none of its own.
+
+    Raises:
+        ValueError: a value of another shape or type, patches that are not finite, grids that do not match the patches;
+            with a processor also ids outside its vocabulary, control tokens in an answer, and images of other sizes
+            than their tokens.
+    """
+    sample = {key: _tensor(key, record[key]) for key in ("input_ids", "labels") if record.get(key) is not None}
     if "labels" not in sample or sample["input_ids"].ndim != 1 or sample["labels"].shape != sample["input_ids"].shape:
         shapes = {key: tuple(value.shape) for key, value in sample.items()}
         raise ValueError(f"A sample needs input_ids (L,) and labels (L,), got {shapes}.")
+    for key in ("pixel_values", "image_grid_hw"):
+        if record.get(key) is not None:
+            sample[key] = _tensor(key, record[key])
+    vocab_size = None if processor is None else len(processor.tokenizer)
+    for key, ids in (("input_ids", sample["input_ids"]), ("labels", sample["labels"])):
+        bad = ids < 0 if vocab_size is None else (ids < 0) | (ids >= vocab_size)
+        if key == "labels":
+            bad &= ids != IGNORE_INDEX
+        if bad.any():
+            limit = "" if vocab_size is None else f" and below {vocab_size}, the size of the vocabulary"
+            raise ValueError(f"{key} of a sample must be at least 0{limit}, got {int(ids[bad][0])}.")
+    merge = 1 if processor is None else processor.image_processor.spatial_merge_size
+    grids = _check_images(sample, merge, None if processor is None else processor.image_processor.patch_size)
     if processor is not None:
-        is_image = sample["input_ids"] == processor.image_token_id
-        sample["labels"] = sample["labels"].masked_fill(is_image, IGNORE_INDEX)
-        expected = int(is_image.sum()) * processor.image_processor.spatial_merge_size**2
-        if expected != (found := len(sample.get("pixel_values", ()))):
-            raise ValueError(f"The image tokens of a sample need {expected} patches, but pixel_values has {found}.")
-    if not (sample["labels"][1:] != IGNORE_INDEX).any():
-        raise ValueError(f"All labels of the sample are {IGNORE_INDEX}: there is nothing to train on.")
-    return sample | {"name": record.get("name") or name}
+        _check_tokens(sample, processor, (grids.prod(-1) // merge**2).tolist())
+        sample["labels"] = sample["labels"].masked_fill(sample["input_ids"] == processor.image_token_id, IGNORE_INDEX)
+    name = record.get("name") or name
+    return {**sample, "name": name} if name else sample
+
+
+def _tensor(key: str, value: Any) -> torch.Tensor:
+    """A value of a sample as a tensor of its type."""
+    dtype = torch.float if key == "pixel_values" else torch.long
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{key} of a sample must be numbers, got {value!r:.200}.") from error
+    if dtype == torch.long and tensor.numel() and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+        raise ValueError(
+            f"{key} of a sample must be whole numbers, got {tensor.dtype} {tensor.flatten()[:5].tolist()}."
+        )
+    return tensor.to(dtype)
+
+
+def _check_images(sample: dict, merge_size: int, patch_size: int | None) -> torch.Tensor:
+    """Check patches and grids against each other. Returns the grids (N, 2)."""
+    if ("pixel_values" in sample) != ("image_grid_hw" in sample):
+        raise ValueError(f"A sample with images needs both pixel_values and image_grid_hw, got only {sorted(sample)}.")
+    if "pixel_values" not in sample:
+        return torch.zeros(0, 2, dtype=torch.long)
+    patches, grids = sample["pixel_values"], sample["image_grid_hw"]
+    check_grid(grids, merge_size)
+    total = int(grids.prod(-1).sum())
+    if patches.ndim != 2 or len(patches) != total:
+        raise ValueError(
+            f"The grids {grids.tolist()} of a sample need {total} patches, but pixel_values is {tuple(patches.shape)}."
+        )
+    if patch_size is not None and total and patches.shape[1] != 3 * patch_size**2:
+        raise ValueError(
+            f"pixel_values of a sample must be (patches, {3 * patch_size**2}), got {tuple(patches.shape)}."
+        )
+    if not patches.isfinite().all():
+        bad = patches[~patches.isfinite()]
+        raise ValueError(f"pixel_values of a sample must be finite, got {len(bad)} values that are not, as {bad[0]}.")
+    return grids
+
+
+def _check_tokens(sample: dict, processor: NeoProcessor, sizes: list[int]):
+    """Check that the image tokens are those of images of these sizes, and that no answer begins a turn."""
+    ids, labels = sample["input_ids"], sample["labels"]
+    runs, counts = (ids == processor.image_token_id).unique_consecutive(return_counts=True)
+    if (found := counts[runs].tolist()) != sizes:
+        raise ValueError(
+            f"The images of a sample have {sizes} visual tokens, but its input_ids hold {found} "
+            f"{processor.image_context_token} in a row."
+        )
+    starts = (ids == processor.tokenizer.convert_tokens_to_ids(processor.image_start_token)).sum()
+    if starts != len(sizes):
+        raise ValueError(
+            f"Each image of a sample follows one {processor.image_start_token}, got {int(starts)} for {len(sizes)} "
+            "images."
+        )
+    if (labels == processor.tokenizer.convert_tokens_to_ids(IM_START)).any():
+        raise ValueError(f"An answer of a sample contains {IM_START}, which begins a turn: labels must ignore it.")
 
 
 def _split(items: list, counts: list[int]) -> list[list] | None:
