@@ -425,7 +425,7 @@ def find_kernel_options(query: torch.Tensor) -> dict[str, int] | None:
     if query.device.type != "cuda" or torch.version.cuda is None:
         return None
     properties = torch.cuda.get_device_properties(query.device)
-    return kernel_options_of(query.dtype, properties.shared_memory_per_block_optin)
+    return kernel_options_of(query.dtype, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def kernel_options_of(dtype: torch.dtype, shared_memory: int) -> dict[str, int] | None:
