@@ -58,16 +58,16 @@ def test_no_fallback_to_dense_scores(monkeypatch):
 
 @pytest.mark.slow
 def test_few_graphs():
-    """Two models in training and evaluation, and four lengths, share the graphs of their layout of heads."""
+    """Two models in training and evaluation, and three lengths, share the graphs of their layout of heads."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     generator = torch.Generator().manual_seed(2)
-    prompts = [random_prompt(generator, [(3, 5)] * n) for n in (8, 10, 13, 25)]
+    prompts = [random_prompt(generator, [(3, 5)] * n) for n in (8, 10, 13)]
     with torch.no_grad():
         for seed in (0, 1):
             text = {"num_hidden_layers": 1, "head_dim": 64}
             model = random_model(tiny_config(text_config=text), seed, attn_implementation="flex_attention")
-            for training in (False, True, False):
+            for training in (False, True):
                 model.train(training)
                 for prompt in prompts:
                     model(**one(prompt))
