@@ -38,6 +38,10 @@ TILE_SIZE = 256  # queries of a tile: long enough for matrix products, short eno
 # On CUDA, shorter prompts use SDPA with a dense mask: compiling a kernel takes longer than all of them together.
 MIN_FLEX_LENGTH = 1024
 
+# Bytes per block of threads of the consumer cards and their siblings (RTX 3090, 4090 and 5090, A10, L40S).
+SMALL_SHARED_MEMORY = 101_376
+MAX_FLEX_GRAPHS = 64
+
 
 def plan_attention(
     config: NeoTextConfig,
@@ -315,6 +319,8 @@ def find_key_runs(
         first, last = first.masked_fill(is_padding, num_keys), last.masked_fill(is_padding, 0)
     if is_tracing(temporal):
         return KeyRuns(first, last, num_keys, attended)
+    if document_ids is not None:  # padding is a document of its own
+        return KeyRuns(first, last, num_keys)
 
     # Everything that depends on values takes a single read from the device.
     facts = [(images >= 0).any()]
@@ -324,13 +330,12 @@ def find_key_runs(
         facts += [~attended.all(), (attended != (keys >= start) & (keys < start + count)).any()]
     has_images, *padding = torch.stack(facts).tolist()
     has_padding, has_gaps = padding or (False, False)
-    is_separate = document_ids is not None
     return KeyRuns(
         first,
         last,
         num_keys,
-        attended if has_gaps and not is_separate else None,
-        is_causal=not (has_images or has_padding or is_separate) and num_keys == length,
+        attended if has_gaps else None,
+        is_causal=not (has_images or has_padding) and num_keys == length,
     )
 
 
@@ -404,9 +409,43 @@ def attend_by_tiles(module, query, key, value, attention_mask: KeyRuns, scaling:
 
 
 def attend_by_blocks(module, query, key, value, attention_mask: KeyRuns | BlockMask, scaling: float, **kwargs):
-    """FlexAttention; `kernel_options` are passed on."""
+    """FlexAttention. `kernel_options`, as of `torch.nn.attention.flex_attention`, win over the table of cards."""
     mask = attention_mask.block_mask if isinstance(attention_mask, KeyRuns) else attention_mask
-    return flex_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)[0], None
+    options = (find_kernel_options(query) or {}) | (kwargs.pop("kernel_options", None) or {})
+    kwargs |= {"scaling": scaling, "kernel_options": options or None}
+    if is_tracing(query):
+        return flex_attention_forward(module, query, key, value, mask, **kwargs)[0], None
+    # A layout of heads takes up to five graphs. Where dynamo gave up compiling, it would make the L x S scores.
+    with torch._dynamo.config.patch(recompile_limit=MAX_FLEX_GRAPHS, fail_on_recompile_limit_hit=True):
+        return flex_attention_forward(module, query, key, value, mask, **kwargs)[0], None
+
+
+def find_kernel_options(query: torch.Tensor) -> dict[str, int] | None:
+    """What to ask of FlexAttention for queries on their device; `None` for PyTorch's own choice."""
+    if query.device.type != "cuda" or torch.version.cuda is None:
+        return None
+    properties = torch.cuda.get_device_properties(query.device)
+    return kernel_options_of(query.dtype, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+def kernel_options_of(dtype: torch.dtype, shared_memory: int) -> dict[str, int] | None:
+    """
+    Options of FlexAttention by which its kernels fit the shared memory of a card.
+
+    Args:
+        dtype: of the queries.
+        shared_memory: bytes that a block of threads may have at most.
+
+    Returns:
+        `kernel_options`, `None` where PyTorch's own blocks, made for up to 160 KB, fit.
+    """
+    if shared_memory > SMALL_SHARED_MEMORY:
+        return None
+    if dtype == torch.float32:  # its backward pass has small blocks anyway
+        return {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 16, "fwd_num_stages": 2, "fwd_num_warps": 4}
+    forward = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 32, "fwd_num_stages": 2, "fwd_num_warps": 8}
+    backward = dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 32)
+    return forward | backward | {"bwd_num_stages": 2, "bwd_num_warps": 4}
 
 
 def attend_one_query(module, query, key, value, attention_mask: torch.Tensor | None, scaling: float, **kwargs):

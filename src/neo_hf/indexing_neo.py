@@ -52,7 +52,9 @@ def temporal_index(
     return index if attention_mask is None else index.masked_fill(~attended, 0)
 
 
-def spatial_index(is_image: torch.Tensor, grid_hw: torch.Tensor | None, merge_size: int) -> torch.Tensor:
+def spatial_index(
+    is_image: torch.Tensor, grid_hw: torch.Tensor | None, merge_size: int, num_image_tokens: int | None = None
+) -> torch.Tensor:
     """
     Row and column of each visual token in the token grid of its image, 0 for all other tokens.
 
@@ -60,6 +62,7 @@ def spatial_index(is_image: torch.Tensor, grid_hw: torch.Tensor | None, merge_si
         is_image: boolean, any shape; True on visual tokens. In row-major order they fill image after image.
         grid_hw: (N, 2) (rows, columns) of each image in patches; may be None where there is no visual token.
         merge_size: patches along each side of a visual token.
+        num_image_tokens: the number of visual tokens, where it is known.
 
     Returns:
         (2, *is_image.shape) int64: (row, column).
@@ -68,16 +71,18 @@ def spatial_index(is_image: torch.Tensor, grid_hw: torch.Tensor | None, merge_si
         ValueError: a grid is not made of whole tokens, or the grids hold more or fewer tokens than `is_image`.
     """
     if grid_hw is None:
-        grid_hw = torch.zeros((0, 2), dtype=torch.long, device=is_image.device)
+        grid_hw = torch.zeros((0, 2), dtype=torch.long)
     check_grid(grid_hw, merge_size)
-    grid = grid_hw.to(is_image.device) // merge_size
+    grid = grid_hw // merge_size
+    found = is_image.sum() if num_image_tokens is None else torch.tensor(num_image_tokens)
     torch_compilable_check(
-        is_image.sum() == grid.prod(-1).sum(),
+        found == grid.prod(-1).sum().to(found.device),
         lambda: (
-            f"Image tokens and images do not match: the input holds {int(is_image.sum())} image tokens, but "
+            f"Image tokens and images do not match: the input holds {int(found)} image tokens, but "
             f"image_grid_hw describes {len(grid)} images of {grid.prod(-1).tolist()} tokens."
         ),
     )
+    grid = grid.to(is_image.device)
     if grid.shape[0] == 0:
         return torch.zeros((2, *is_image.shape), dtype=torch.long, device=is_image.device)
     rank = is_image.flatten().cumsum(0).view(is_image.shape) - 1
@@ -131,6 +136,7 @@ def allocate_position_ids(
     spatial_merge_size: int = 2,
     attention_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
+    num_image_tokens: int | None = None,
 ) -> torch.Tensor:
     """
     The T, H and W index of every token (NEO paper, section 3.1). T counts tokens, a whole image as one; H and W are
@@ -143,6 +149,7 @@ def allocate_position_ids(
         spatial_merge_size: patches along each side of a visual token.
         attention_mask: (B, L), 0 on padding, whose indices are 0.
         document_ids: (B, L), equal on the tokens of one document of a packed row; T starts anew with each.
+        num_image_tokens: the number of image tokens, where it is known: it spares counting them on the device.
 
     Returns:
         (3, B, L) int64: T, H, W.
@@ -163,7 +170,7 @@ def allocate_position_ids(
         attention_mask=attention_mask,
         document_ids=document_ids,
     )
-    hw = spatial_index(input_ids == image_token_id, image_grid_hw, spatial_merge_size)
+    hw = spatial_index(input_ids == image_token_id, image_grid_hw, spatial_merge_size, num_image_tokens)
     return torch.cat([t[None], hw])
 
 

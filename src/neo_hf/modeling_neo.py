@@ -298,6 +298,7 @@ class NeoModel(NeoPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         document_ids: torch.Tensor | None = None,
+        num_image_tokens: int | None = None,
     ) -> torch.Tensor:
         """
         T, H and W indices (3, B, L) of new tokens, continuing after what is cached.
@@ -308,6 +309,7 @@ class NeoModel(NeoPreTrainedModel):
             attention_mask: (B, S), 0 on padding, cached tokens included.
             past_key_values: the cache that the new tokens follow.
             document_ids: (B, L), equal on the tokens of one document of a packed row.
+            num_image_tokens: how many image tokens there are, where that is known: it spares counting them.
         """
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         position_ids = allocate_position_ids(
@@ -321,6 +323,7 @@ class NeoModel(NeoPreTrainedModel):
             if attention_mask is not None and attention_mask.ndim == 2
             else None,
             document_ids=document_ids,
+            num_image_tokens=num_image_tokens,
         )
         if past_length:
             deltas = rope_deltas_of(past_key_values, past_length)
@@ -376,21 +379,24 @@ class NeoModel(NeoPreTrainedModel):
             if getattr(self.config, name):  # the decoder looks into its own configuration only
                 kwargs.setdefault(name, True)
 
+        num_image_tokens = None
         if inputs_embeds is None:
             assert input_ids is not None
-            check_token_ids(input_ids, self.config.text_config.vocab_size)
+            image_grid_hw, num_image_tokens = self._read_on_host(input_ids, image_grid_hw)
             inputs_embeds = self.get_input_embeddings()(input_ids)
         visual_tokens = self._embed_images(pixel_values, image_grid_hw, mm_encoder_outputs)
         needs_ids = visual_tokens is not None or position_ids is None or position_ids.ndim == 2
         token_ids = self.get_token_ids(input_ids, inputs_embeds) if needs_ids else None
-        inputs_embeds = self._place_images(inputs_embeds, token_ids, visual_tokens)
+        inputs_embeds = self._place_images(inputs_embeds, token_ids, visual_tokens, num_image_tokens)
         if position_ids is not None and position_ids.ndim == 2:
             position_ids, document_ids = self._read_text_positions(
                 position_ids, inputs_embeds, attention_mask, cache, document_ids, visual_tokens is not None
             )
         if position_ids is None:
             assert token_ids is not None
-            position_ids = self.get_position_ids(token_ids, image_grid_hw, attention_mask, cache, document_ids)
+            position_ids = self.get_position_ids(
+                token_ids, image_grid_hw, attention_mask, cache, document_ids, num_image_tokens
+            )
         elif position_ids.shape[0] != 3:
             raise ValueError(
                 f"position_ids must be (3, rows, tokens) or (rows, tokens), got {tuple(position_ids.shape)}."
@@ -410,6 +416,37 @@ class NeoModel(NeoPreTrainedModel):
         self._remember_end(outputs.get(CACHE_NAME), position_ids, known_ids, attention_mask)
         return NeoModelOutputWithPast(**outputs, image_hidden_states=visual_tokens)
 
+    def _read_on_host(
+        self, input_ids: torch.Tensor, image_grid_hw: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, int | None]:
+        """
+        All that the host must know of the inputs, by a single read from the device, and none in a decoding step.
+
+        Returns:
+            `image_grid_hw` in the memory of the host, and the number of image tokens, `None` where unknown.
+
+        Raises:
+            ValueError: a token id is outside the vocabulary.
+        """
+        if is_tracing(input_ids):
+            return image_grid_hw, None
+        if input_ids.shape[-1] < 2:
+            return image_grid_hw, 0 if image_grid_hw is None else None
+        is_image = input_ids == self._image_token_id
+        facts = torch.stack([*input_ids.aminmax(), is_image.sum()])
+        is_on_device = (
+            isinstance(image_grid_hw, torch.Tensor)
+            and image_grid_hw.device == input_ids.device
+            and not image_grid_hw.is_floating_point()
+        )
+        if is_on_device:
+            facts = torch.cat([facts, image_grid_hw.flatten()])  # type: ignore[union-attr]
+        low, high, num_image_tokens, *grid = facts.tolist()
+        check_token_ids(low, high, self.config.text_config.vocab_size)
+        if is_on_device:
+            image_grid_hw = torch.tensor(grid, dtype=torch.long).view(image_grid_hw.shape)  # type: ignore[union-attr]
+        return image_grid_hw, num_image_tokens
+
     def _embed_images(self, pixel_values, image_grid_hw, mm_encoder_outputs) -> torch.Tensor | None:
         """Visual tokens (V, E) of all images, `None` where there are none."""
         features = (mm_encoder_outputs or {}).get("image")
@@ -422,15 +459,21 @@ class NeoModel(NeoPreTrainedModel):
         return torch.cat(tuple(features.pooler_output))
 
     def _place_images(
-        self, inputs_embeds: torch.Tensor, token_ids: torch.Tensor | None, visual_tokens: torch.Tensor | None
+        self,
+        inputs_embeds: torch.Tensor,
+        token_ids: torch.Tensor | None,
+        visual_tokens: torch.Tensor | None,
+        num_image_tokens: int | None,
     ) -> torch.Tensor:
         """`inputs_embeds` (B, L, E) with the visual tokens (V, E) in the places of `<IMG_CONTEXT>`."""
         if visual_tokens is not None:
             assert token_ids is not None
             is_image = token_ids == self._image_token_id
-            if not is_tracing(visual_tokens) and (count := int(is_image.sum())) != visual_tokens.shape[0]:
+            if num_image_tokens is None and not is_tracing(visual_tokens):
+                num_image_tokens = int(is_image.sum())
+            if num_image_tokens is not None and num_image_tokens != visual_tokens.shape[0]:
                 raise ValueError(
-                    f"Image tokens and images do not match: the input holds {count} image tokens (id "
+                    f"Image tokens and images do not match: the input holds {num_image_tokens} image tokens (id "
                     f"{self.config.image_token_id}), the images give {visual_tokens.shape[0]} visual tokens."
                 )
             visual_tokens = visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -525,12 +568,8 @@ def rope_deltas_of(cache: Cache, length: int | torch.Tensor) -> torch.Tensor | N
     return next_index - length
 
 
-def check_token_ids(input_ids: torch.Tensor, vocab_size: int):
-    """Raise a ValueError that quotes a token id outside the vocabulary. Skips decoding steps, which it would stall."""
-    if input_ids.shape[-1] < 2 or is_tracing(input_ids):
-        return
-    low, high = input_ids.aminmax()
-    low, high = torch.stack([low, high]).tolist()
+def check_token_ids(low: int, high: int, vocab_size: int):
+    """Raise a ValueError that quotes the smallest or largest token id where it is outside the vocabulary."""
     if low < 0 or high >= vocab_size:
         raise ValueError(
             f"input_ids must lie between 0 and {vocab_size - 1}, got {low if low < 0 else high}. Was the tokenizer "
@@ -584,6 +623,7 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin, NeoCha
         skip_logits: bool | None = None,
         image_grid_thw: torch.Tensor | None = None,
         cache: Cache | None = None,
+        kernel_options: dict | None = None,
         **kwargs,
     ) -> NeoCausalLMOutputWithPast:
         """
@@ -596,6 +636,7 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin, NeoCha
             loss_weight: (B, L), the weight of predicting each token, aligned with the labels; 1 where not given.
             num_items_in_batch: what to divide the loss by in place of the sum of weights of this batch.
             skip_logits: return the loss alone, which needs a fraction of the memory.
+            kernel_options: of FlexAttention, where it is what attends.
             shift_labels: (B, kept tokens), in place of `labels`: the target of each token itself, as in transformers.
 
         Returns:
@@ -606,6 +647,8 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin, NeoCha
         shift_labels = kwargs.pop("shift_labels", None)
         if use_cache is None and (labels is not None or shift_labels is not None):
             use_cache = False  # a layer that is run again, to recompute activations, would fill it twice
+        if kernel_options is not None:
+            kwargs["kernel_options"] = kernel_options
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -636,8 +679,8 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin, NeoCha
             assert targets is not None
             assert weights is not None
             total = weights.sum() if num_items_in_batch is None else num_items_in_batch
-            counted = weights != 0
-            loss = self.lm_head(hidden_states[counted], targets[counted], weights[counted], total)
+            counted = weights.flatten().nonzero()[:, 0]  # once: the host waits for their number
+            loss = self.lm_head(*(x.flatten(0, 1)[counted] for x in (hidden_states, targets, weights)), total)
         else:
             logits = self.lm_head(hidden_states)
             if targets is not None:
