@@ -1,6 +1,7 @@
 """NEO's tokenizer: Qwen3's, extended by special tokens for images, boxes and actions."""
 
 from .chat_template_neo import IM_END, IM_START
+from .files import read_json
 
 import os
 from importlib.resources import files
@@ -87,10 +88,16 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerBase | None:
         return None
     try:
         if (folder / "tokenizer_config.json").exists():
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return Qwen2Tokenizer.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises bare exceptions
-        raise ValueError(f"The tokenizer in {folder} cannot be read: {error}") from error
+        reason: Exception = error
+        try:
+            for file in sorted({*folder.glob("*token*.json"), *folder.glob("vocab.json")}):
+                read_json(file)
+        except ValueError as broken:
+            reason = broken
+        raise ValueError(f"The tokenizer in {folder} cannot be read: {reason}") from error
 
 
 def load_qwen_package_tokenizer() -> PreTrainedTokenizerBase:

@@ -166,7 +166,7 @@ def test_command_line(tmp_path, capsys, golden):
     assert run("convert", str(RAW), hub, "--dtype", "float32", "--num-pre-buffer-layers", "2", "--verify") == 0
     out = capsys.readouterr().out
     assert "Verified: all tensors" in out
-    assert "has no tokenizer, processor, chat template: give --tokenizer" in out
+    assert "has no tokenizer, processor, chat template: pass the folder of a tokenizer" in out
     assert 'model_id = "your-username/hub"' in (tmp_path / "hub" / "README.md").read_text()
     assert NeoConfig.from_pretrained(hub).text_config.num_pre_buffer_layers == 2
     check_logits(hub, golden)
