@@ -1,7 +1,8 @@
-"""No code in a checkpoint runs, whatever file it is in: a payload would leave a canary, and is refused by file name."""
+"""No code in a checkpoint runs, whatever file it is in: a payload would leave a canary; its file is refused by name."""
 
 import builtins
 import collections
+import functools
 import json
 import os
 import pickle
@@ -51,8 +52,8 @@ PAYLOADS = {
     "exec": lambda canary: Call(builtins.exec, f"open({canary!r}, 'w')"),
     "subprocess": lambda canary: Call(subprocess.check_call, ["touch", canary]),
     "open": lambda canary: Call(open, canary, "w"),
-    "getattr": lambda canary: Call(Call(getattr, posix, "system"), f"touch {canary}"),
-    "torch.load": lambda canary: Call(torch.load, f"{canary}.pickle", "cpu", pickle),
+    "an argument": lambda canary: Call(torch.Size, [Call(os.system, f"touch {canary}")]),
+    "torch.load": lambda canary: Call(functools.partial(torch.load, weights_only=False), f"{canary}.pickle"),
     "in a state": lambda canary: State(Call(os.system, f"touch {canary}")),
     "in a path": lambda canary: StorageMeta(checkpoint_id=Call(os.system, f"touch {canary}")),
 }

@@ -25,6 +25,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 PACKAGE = Path(__file__).parents[1]
+# In place of config.json, without which transformers would assume the default configuration.
+UNFINISHED = "This folder is not complete: the process that writes or removes it is running, or was killed.\n"
 
 
 def shipped_files() -> list[Path]:
@@ -36,8 +38,8 @@ def shipped_files() -> list[Path]:
 def new_folder(path: str | Path, force: bool = False, sources: Iterable[Path] = ()) -> Iterator[Path]:
     """
     A folder to fill, renamed to `path` once it is complete: whenever the process is killed, `path` is as before or
-    complete. Write `config.json` last: without it, no loader takes the unfinished folder for a model. What an earlier,
-    killed process left behind is removed.
+    complete. It starts with a `config.json` that no loader accepts; write the real one last. What an earlier, killed
+    process left behind is removed.
 
     Args:
         path: The final folder.
@@ -62,6 +64,7 @@ def new_folder(path: str | Path, force: bool = False, sources: Iterable[Path] = 
             raise ValueError(f"{path} is not a folder.")
         _remove(unfinished)
         unfinished.mkdir()
+        (unfinished / "config.json").write_text(UNFINISHED)
         try:
             yield unfinished
             _publish(unfinished, path, replaced)
@@ -124,9 +127,19 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _remove(folder: Path):
-    """Remove a folder if it exists, `config.json` first: what a kill leaves of it is no model."""
-    with contextlib.suppress(OSError):
-        (folder / "config.json").unlink()
+    """Remove a folder if it exists, `config.json` last and spoilt before: what a kill leaves of it is no model."""
+    if not folder.is_dir():
+        return
+    config = folder / "config.json"
+    with contextlib.suppress(OSError):  # a full disk
+        spoilt = folder / ".config.json"  # a new file: the old one may be a link
+        spoilt.write_text(UNFINISHED)
+        spoilt.replace(config)
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry != config:
+            entry.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -180,7 +193,7 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
 
 
 def write_config(folder: Path, config: NeoConfig):
-    """Write `config.json`, which makes the folder a model: after everything else. Then read it back."""
+    """Write `config.json`, which makes the folder a model, after everything else; read it back."""
     config.architectures = [NeoForConditionalGeneration.__name__]
     config.save_pretrained(folder)
     assert NeoConfig.from_pretrained(folder).to_diff_dict() == config.to_diff_dict(), "the configuration changed"
