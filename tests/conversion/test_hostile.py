@@ -1,4 +1,4 @@
-"""No code in a checkpoint runs, whatever file it is in: a payload would leave a canary; its file is refused by name."""
+"""No code in a checkpoint runs, whatever file it is in. A payload would leave a canary; its file is named."""
 
 import builtins
 import collections
