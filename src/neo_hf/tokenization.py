@@ -1,6 +1,7 @@
 """NEO's tokenizer: Qwen3's, extended by special tokens for images, boxes and actions."""
 
 from .chat_template_neo import IM_END, IM_START
+from .files import read_json, require_file
 
 import os
 from importlib.resources import files
@@ -85,12 +86,21 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerBase | None:
     folder = Path(folder)
     if not ((folder / "tokenizer.json").exists() or all((folder / f).exists() for f in ("vocab.json", "merges.txt"))):
         return None
+    files = sorted({*folder.glob("*token*.json"), *folder.glob("vocab.json")})
     try:
+        for file in files:
+            require_file(file)
         if (folder / "tokenizer_config.json").exists():
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return Qwen2Tokenizer.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises bare exceptions
-        raise ValueError(f"The tokenizer in {folder} cannot be read: {error}") from error
+        reason = error
+        try:
+            for file in files:
+                read_json(file)
+        except ValueError as broken:  # says which file it is
+            reason = broken
+        raise ValueError(f"The tokenizer in {folder} cannot be read: {reason}") from error
 
 
 def load_qwen_package_tokenizer() -> PreTrainedTokenizerBase:

@@ -294,10 +294,11 @@ def test_fsdp_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_zero3_folder(tmp_path):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_folder(tmp_path, stage):
     pytest.importorskip("deepspeed")
     folder = tmp_path / "checkpoint-7"
-    torchrun("save_zero3.py", RAW, folder, DS_ACCELERATOR="cpu")
+    torchrun("save_zero.py", RAW, folder, stage, DS_ACCELERATOR="cpu")
     shutil.copy(RAW / "config.json", folder)
     convert_raw_to_hub(folder, tmp_path / "hub", verify=True)
     assert_same(read_all(tmp_path / "hub"), {raw_to_neo_name(n): t for n, t in read_all(RAW).items()})

@@ -6,7 +6,7 @@ from ..publishing.model_card import Provenance, placeholder_id, read_license, re
 from ..raw import QWEN3_FIELDS, released_token_ids, rope
 from .pre_buffer import adopt_pre_buffer, is_in_pre_buffer
 from .source import display_name, empty_model, expected_shapes, raise_all, resolve
-from .target import make_processor, new_folder, write_model, write_processor
+from .target import make_processor, new_folder, write_config, write_model, write_processor
 from .weights import Checkpoint, TensorInfo, open_checkpoint, sha256
 
 import copy
@@ -77,6 +77,7 @@ def init_from_qwen3(
         provenance = Provenance(source=display_name(qwen3), sha256=hashes)
         card = render_model_card(config, placeholder_id(out), None, provenance, read_license(source))
         card.save(folder / "README.md")
+        write_config(folder, config)
     return missing
 
 

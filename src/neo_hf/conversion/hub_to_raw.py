@@ -42,8 +42,8 @@ def convert_hub_to_raw(
 
     with new_folder(out, force, [source]) as folder:
         write_weights(folder, infos, read, max_shard_size)
-        (folder / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if (source / "generation_config.json").exists():
             shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+        (folder / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n")

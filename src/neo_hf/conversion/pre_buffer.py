@@ -69,7 +69,6 @@ def extract_pre_buffer(neo: str | Path, out: str | Path, *, force: bool = False)
     config.dtype = next(iter(infos.values())).dtype
     with new_folder(out, force, [source]) as folder:
         write_weights(folder, infos, lambda name: checkpoint.read(source_names[name]), "5GB")
-        config.to_json_file(folder / "config.json")
         card = CARD.format(
             name=Path(out).name,
             depth=depth,
@@ -78,6 +77,7 @@ def extract_pre_buffer(neo: str | Path, out: str | Path, *, force: bool = False)
             hashes="\n".join(f"- `{file.name}`: `{sha256(file)}`" for file in checkpoint.files),
         )
         (folder / "README.md").write_text(card)
+        config.to_json_file(folder / "config.json")
 
 
 def adopt_pre_buffer(config: NeoConfig, pre_buffer: str | Path):

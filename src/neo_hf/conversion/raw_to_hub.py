@@ -4,7 +4,7 @@ from ..configuration_neo import NeoConfig
 from ..modeling_neo import NeoForConditionalGeneration
 from ..publishing.model_card import Provenance, load_release, placeholder_id, read_license, render_model_card
 from .source import display_name, match_names, raise_all, read_config, resolve
-from .target import make_processor, new_folder, write_model, write_processor
+from .target import make_processor, new_folder, write_config, write_model, write_processor
 from .weights import DTYPE_NAMES, TensorInfo, open_checkpoint, sha256
 
 from collections.abc import Callable, Mapping
@@ -83,17 +83,17 @@ def convert_raw_to_hub(
         )
         card.save(folder / "README.md")
         if verify:
-            _verify(folder, infos, read)
+            _verify(folder, config, infos, read)
+        write_config(folder, config)
     return missing
 
 
-def _verify(folder: Path, infos: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor]):
+def _verify(folder: Path, config: NeoConfig, infos: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor]):
     """Compare a converted checkpoint with its source: every tensor, and the logits of a prompt with an image."""
     converted = open_checkpoint(folder)
     differing = [name for name in infos if not torch.equal(converted.read(name), read(name).to(infos[name].dtype))]
     raise_all(differing, "These tensors differ from the source")
-    model = NeoForConditionalGeneration.from_pretrained(folder).eval()
-    config = model.config
+    model = NeoForConditionalGeneration.from_pretrained(folder, config=config).eval()
     ids = torch.arange(1, 17)[None] % config.text_config.vocab_size
     inputs: dict[str, torch.Tensor] = {}
     if config.image_token_id is not None:

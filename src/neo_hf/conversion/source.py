@@ -1,6 +1,7 @@
 """What a conversion reads: the source folder, its configuration, and the tensor behind each of the model's names."""
 
 from ..configuration_neo import NeoConfig
+from ..files import read_json
 from ..loading import check_available
 from ..modeling_neo import NeoForConditionalGeneration
 from ..raw import IGNORED_TENSORS, raw_to_neo_name
@@ -16,15 +17,41 @@ from huggingface_hub import snapshot_download
 WRAPPERS = ("", "model.", "module.", "_orig_mod.")
 
 
+# The files of a Hub repository that a conversion reads. Of the forms of the weights, the first that a repository has
+# is taken: where it has safetensors, no pickle is downloaded.
+TEXT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "README.md",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+WEIGHT_FILES = (
+    ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"),
+    (".metadata", "__*.distcp", "pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/*.distcp"),
+    ("latest", "*_model_states.pt", "*_optim_states.pt"),
+)
+
+
 def resolve(name_or_path: str | Path) -> Path:
-    """A local folder; a Hub id is downloaded."""
+    """A local folder. Of a Hub id, the files that a conversion reads are downloaded."""
     path = Path(name_or_path)
     if path.is_dir():
         return path
     if path.exists() or len(path.parts) != 2 or str(name_or_path).startswith((".", "/", "~")):
         raise ValueError(f"{name_or_path} is neither a folder nor a Hub id.")
     check_available(name_or_path)
-    return Path(snapshot_download(str(name_or_path)))
+    for weights in WEIGHT_FILES:
+        folder = Path(snapshot_download(str(name_or_path), allow_patterns=[*TEXT_FILES, *weights]))
+        if any(any(folder.glob(pattern)) for pattern in weights):
+            break
+    return folder
 
 
 def display_name(name_or_path: str | Path) -> str:
@@ -36,6 +63,7 @@ def read_config(folder: Path) -> NeoConfig:
     """The configuration of a folder, or of its parent, in either layout."""
     for place in (folder, folder.parent):
         if (place / "config.json").exists():
+            read_json(place / "config.json")
             try:
                 return NeoConfig.from_pretrained(place)
             except Exception as error:  # a broken file breaks transformers' reader in many ways

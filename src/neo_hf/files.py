@@ -1,0 +1,44 @@
+"""Files of checkpoints that anyone may have written: what is wrong with one is said with its name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def require_file(file: Path):
+    """
+    Check that a file is there, and no folder, pipe or device.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file} is not a file." if file.exists() else f"{file} is missing.")
+
+
+def read_text(file: Path) -> str:
+    """
+    Content of a text file.
+
+    Raises:
+        ValueError: It is missing, not a file, or not UTF-8.
+    """
+    require_file(file)
+    try:
+        return file.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from error
+
+
+def read_json(file: Path) -> Any:
+    """
+    Content of a JSON file.
+
+    Raises:
+        ValueError: As for `read_text`, or it is not JSON.
+    """
+    text = read_text(file)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
