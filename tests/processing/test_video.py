@@ -139,8 +139,8 @@ def test_timestamps():
     assert serialize_video(metadata(216_000, 30, [0, 108_015, 215_999])) == (
         prefix("[00:00-120:00]", 3, "0.0") + "[00:00.00]:<image>\n[60:00.50]:<image>\n[119:59.97]:<image>\n"
     )
-    # 59.998 seconds are no 60 of a minute that has begun before.
-    assert "[01:00.00]:" in serialize_video(metadata(100_000, 1000, [59_998]))
+    # 59.998 seconds round up within their minute, as in training.
+    assert "[00:60.00]:" in serialize_video(metadata(100_000, 1000, [59_998]))
 
 
 def test_other_styles():
@@ -418,8 +418,8 @@ def test_backends_agree(clips, name, monkeypatch):
     outputs = []
     for _ in range(2):
         outputs.append(NeoVideoProcessor()(path, return_metadata=True, return_tensors="pt"))
-        monkeypatch.setattr(video_reading_neo, "is_decord_available", lambda: False)
-    assert [o["video_metadata"][0].video_backend for o in outputs] == ["decord", "pyav"]
+        monkeypatch.setattr(video_reading_neo, "is_av_available", lambda: False)
+    assert [o["video_metadata"][0].video_backend for o in outputs] == ["pyav", "decord"]
     assert torch.equal(outputs[0]["pixel_values"], outputs[1]["pixel_values"])
 
 
@@ -454,16 +454,16 @@ def test_unreadable_files(tmp_path, clips, monkeypatch):
         for name in ("empty.mp4", "truncated.mp4", "text.mp4", "audio.mp4", "none.mp4"):
             with pytest.raises(ValueError, match=rf"Cannot read the video .*{name}: "):
                 NeoVideoProcessor()(tmp_path / name)
-        monkeypatch.setattr(video_reading_neo, "is_decord_available", lambda: False)
-    monkeypatch.setattr(video_reading_neo, "is_av_available", lambda: False)
-    with pytest.raises(ImportError, match="needs decord or PyAV"):
+        monkeypatch.setattr(video_reading_neo, "is_av_available", lambda: False)
+    monkeypatch.setattr(video_reading_neo, "is_decord_available", lambda: False)
+    with pytest.raises(ImportError, match="needs PyAV or decord"):
         NeoVideoProcessor()(clips / "bikes.mp4")
 
 
 @pytest.mark.parametrize("backend", ["decord", "pyav"])
 def test_data_uri(clips, monkeypatch, backend):
     """As servers are sent videos."""
-    monkeypatch.setattr(video_reading_neo, "is_decord_available", lambda: backend == "decord")
+    monkeypatch.setattr(video_reading_neo, "is_av_available", lambda: backend == "pyav")
     uri = "data:video/mp4;base64," + base64.b64encode((clips / "bikes.mp4").read_bytes()).decode()
     expected = NeoVideoProcessor()(clips / "bikes.mp4", num_frames=3)
     assert np.array_equal(NeoVideoProcessor()(uri, num_frames=3)["pixel_values"], expected["pixel_values"])
@@ -501,7 +501,7 @@ MEMORY = """
 import resource, sys
 from neo_hf import NeoVideoProcessor, video_reading_neo
 path, backend = sys.argv[1:]
-video_reading_neo.is_decord_available = lambda: backend == "decord"
+video_reading_neo.is_av_available = lambda: backend == "pyav"
 NeoVideoProcessor()(path, num_frames=16)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
