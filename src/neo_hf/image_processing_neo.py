@@ -187,10 +187,10 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
     if not np.issubdtype(pixels.dtype, np.integer) and not np.issubdtype(pixels.dtype, np.floating):
         raise ValueError(f"Pixels must be real numbers, got an array of {pixels.dtype}.")
     low, high = pixels.min(), pixels.max()
-    if not (0 <= low and high <= 255):
+    if not (low >= 0 and high <= 255):
         raise ValueError(
-            f"Pixels must be finite and within 0..255, or floats within 0..1, got {pixels.dtype} from {low} to {high}. "
-            "Divide 16-bit pixels by 257."
+            f"Pixels must be finite and within 0..255, or floats within 0..1, got {pixels.dtype} from {low} to "
+            f"{high}. Divide 16-bit pixels by 257."
         )
     if np.issubdtype(pixels.dtype, np.floating) and high <= 1:
         pixels = pixels.astype(np.float32) * 255
@@ -423,8 +423,8 @@ def _warn_of_lost_values(image: Image.Image):
     low, high = pixels.min(), pixels.max()
     if low < 0 or high > 255 or (image.mode == "F" and 0 < high <= 1):
         logger.warning(
-            f"An image of mode {image.mode} has values from {low} to {high}. As in training, they are clipped to 0..255 "
-            "without scaling; scale them first to keep what they show."
+            f"An image of mode {image.mode} has values from {low} to {high}. As in training, they are clipped to "
+            "0..255 without scaling; scale them first to keep what they show."
         )
 
 

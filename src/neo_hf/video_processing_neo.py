@@ -262,8 +262,8 @@ class NeoVideoProcessor(VideoProcessorMixin, NeoImageProcessor):
                 reader.use_container_times()
             elif reader.has_variable_rate:
                 logger.warning(
-                    f"The frame rate of the video {reader.name} varies, so times computed from its mean of "
-                    f'{reader.metadata.fps:.3f} frames per second are off. video_times="container" gives the true ones.'
+                    f"The frame rate of the video {reader.name} varies, so times from its mean of "
+                    f'{reader.metadata.fps:.3f} frames per second are off: video_times="container" gives true ones.'
                 )
             metadata = reader.metadata
             to_array["input_data_format"] = ChannelDimension.LAST
@@ -389,7 +389,7 @@ def _metadata_of_frames(frames, known: VideoMetadata | dict | None) -> VideoMeta
     metadata = NeoVideoMetadata(**{"total_num_frames": len(frames), **(known or {})})
     for name in ("fps", "duration"):
         value = metadata[name]
-        if isinstance(value, (bool, str)) or value is not None and not math.isfinite(value):
+        if isinstance(value, (bool, str)) or (value is not None and not math.isfinite(value)):
             raise ValueError(f"video_metadata.{name} must be a finite number or None, got {value!r}.")
     metadata.fps = metadata.fps or None
     if metadata.fps is not None and metadata.fps < 0:

@@ -126,7 +126,9 @@ class DecordReader(VideoReader):
 
     def _open(self, file):
         self.frames = decord.VideoReader(file)
-        height, width, _ = self.frames[0].shape
+        height, width, channels = self.frames[0].shape
+        if channels != 3:  # of turned frames whose rows have no multiple of 64 bytes
+            raise ValueError("decord misreads its rotated frames; install PyAV (pip install av)")
         fps = float(self.frames.get_avg_fps()) or None
         times = self.frames.get_frame_timestamp(range(len(self.frames)))[:, 0]
         self.times = (times - times[0]).tolist()
@@ -163,6 +165,7 @@ class PyAVReader(VideoReader):
     def _scan(self) -> list[tuple[int, bool]]:
         """Read all packets of the file: timestamp and whether it is a keyframe, for each packet of the video."""
         packets, count, end = [], 0, 0.0
+        self.first_packet = 0
         for packet in self.container.demux():
             if packet.pts is not None:
                 end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
@@ -171,6 +174,8 @@ class PyAVReader(VideoReader):
             if packet.is_corrupt:
                 raise ValueError(f"it is damaged or cut off at frame {count}")
             count += 1
+            if packet.dts is not None:
+                self.first_packet = min(self.first_packet, packet.dts) if count > 1 else packet.dts
             if packet.pts is not None and not packet.is_discard:  # cut away by an edit list
                 packets.append((packet.pts, packet.is_keyframe))
         if count < self.stream.frames:
@@ -183,13 +188,24 @@ class PyAVReader(VideoReader):
 
     def _frame(self, index):
         tick = self.ticks[index]
-        keyframe = self.keyframes[max(bisect_right(self.keyframes, tick) - 1, 0)]
-        if self.decoded is None or not keyframe <= self.decoded.pts <= tick:
-            self.container.seek(tick, stream=self.stream)
-            self.frames = self.container.decode(self.stream)
-            self.decoded = next(self.frames)
+        keyframes = self.keyframes[: max(bisect_right(self.keyframes, tick), 1)]
+        if self.decoded is None or not keyframes[-1] <= self.decoded.pts <= tick:
+            self._seek(tick, keyframes)
         while self.decoded.pts < tick:
             self.decoded = next(self.frames)
+        if self.decoded.pts != tick:
+            raise ValueError("it does not decode")
         # `rotation` counts degrees anticlockwise, as np.rot90 counts quarter turns.
         frame = np.rot90(self.decoded.to_ndarray(format="rgb24"), round(self.decoded.rotation / 90))
         return np.ascontiguousarray(frame)
+
+    def _seek(self, tick: int, keyframes: list[int]):
+        """Decode the first frame from the last of `keyframes` that leads to the frame at `tick`."""
+        # Containers seek by decoding time, which may find a keyframe shown later: go back until none is skipped.
+        for start in (*reversed(keyframes), self.first_packet):
+            self.container.seek(start, stream=self.stream)
+            self.frames = self.container.decode(self.stream)
+            self.decoded = next(self.frames, None)
+            if self.decoded is not None and self.decoded.pts <= tick:
+                return
+        raise ValueError("it does not decode")
