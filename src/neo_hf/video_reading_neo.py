@@ -13,10 +13,11 @@ import numpy as np
 from transformers.utils import is_av_available, is_decord_available
 from transformers.video_utils import VideoMetadata
 
-if is_decord_available():
-    import decord
+# Before decord, whose own libvpx would otherwise take the place of PyAV's.
 if is_av_available():
     import av
+if is_decord_available():
+    import decord
 
 
 @dataclass
