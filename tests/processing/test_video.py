@@ -656,7 +656,7 @@ def test_container_times(processor, tokenizer, tmp_path, monkeypatch, caplog, ba
 
     assert words(frames_indices=[4, 11])[0] == ["00:00.72", "00:01.98"]
     assert "varies" in caplog.text
-    assert 'video_times="container" gives the true ones' in caplog.text
+    assert 'video_times="container" gives true ones' in caplog.text
     times, text = words(frames_indices=[4, 11], video_times="container")
     assert times == ["00:00.50", "00:03.00"]
     assert "[00:00-00:03]" in text
