@@ -6,7 +6,7 @@ import base64
 import io
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
@@ -58,7 +58,7 @@ class NeoImageProcessorKwargs(ImagesKwargs, total=False):
     share_pixel_budget: bool
 
 
-def check_settings(settings: dict[str, Any]):
+def check_settings(settings: Mapping[str, Any]):
     """
     Check the numbers among the settings of an image or video processor; `None` is left to whoever needs a value.
 
@@ -66,14 +66,14 @@ def check_settings(settings: dict[str, Any]):
         ValueError: if one is not a number, not finite or out of range; names the setting and quotes the value.
     """
     for name in (*BUDGETS, *COUNTS):
-        value = settings.get(name)
+        value: Any = settings.get(name)
         if value is not None and (not _is_number(value, Integral) or (value < 1 and name in COUNTS)):
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
     for name in ("start", "end"):
         value = settings.get(name)
         if value is not None and not _is_number(value):
             raise ValueError(f"{name} must be a finite number of seconds, got {value!r}.")
-    fps = settings.get("fps")
+    fps: Any = settings.get("fps")
     if fps is not None and not (_is_number(fps) and 0 < fps <= MAX_FPS):
         raise ValueError(f"fps must be a positive number of frames per second, at most {MAX_FPS}, got fps={fps!r}.")
     indices = settings.get("frames_indices")
@@ -83,7 +83,7 @@ def check_settings(settings: dict[str, Any]):
         wrong = [index for index in indices if not _is_number(index, Integral)]
         if wrong:
             raise ValueError(f"frames_indices must be integers, got {wrong[:5]!r}.")
-    scale = settings.get("rescale_factor")
+    scale: Any = settings.get("rescale_factor")
     if scale is not None and not (_is_number(scale) and scale > 0):
         raise ValueError(f"rescale_factor must be a positive number, got {scale!r}.")
     for name in ("image_mean", "image_std"):
@@ -93,7 +93,7 @@ def check_settings(settings: dict[str, Any]):
             raise ValueError(f"{name} must be finite{' and positive' * (name == 'image_std')}, got {value!r}.")
 
 
-def check_names(settings: dict[str, Any], known: Iterable[str], strict: bool = True):
+def check_names(settings: Mapping[str, Any], known: Iterable[str], strict: bool = True):
     """
     Raise a `ValueError` if a setting is unknown, with the closest known name. If not `strict`, only if there is one:
     other names may be meant for a chat template.
@@ -250,7 +250,7 @@ class NeoImageProcessor(PilBackend):
         super().__init__(**kwargs)
         self._check_settings(vars(self))
 
-    def preprocess(self, images: ImageInput, *args, **kwargs: Unpack[NeoImageProcessorKwargs]) -> BatchFeature:
+    def preprocess(self, images: ImageInput, *args, **kwargs: Any) -> BatchFeature:
         """
         Args:
             images: an image, a list of images or a list of lists of images.
@@ -336,7 +336,7 @@ class NeoImageProcessor(PilBackend):
         # With do_resize, the base class would require `size`.
         super()._validate_preprocess_kwargs(**{**kwargs, "do_resize": False})
 
-    def _check_settings(self, settings: dict[str, Any]):
+    def _check_settings(self, settings: Mapping[str, Any]):
         settings = {name: settings.get(name, getattr(self, name, None)) for name in self.valid_kwargs.__annotations__}
         check_settings(settings)
         _check_budget(settings["min_pixels"], settings["max_pixels"])

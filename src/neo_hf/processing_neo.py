@@ -143,7 +143,7 @@ class NeoProcessor(ProcessorMixin):
             inputs["image_grid_thw"] = padded if isinstance(grids, torch.Tensor) else padded.numpy()
         return inputs
 
-    def _check_settings(self, settings: dict[str, Any]):
+    def _check_settings(self, settings: Any):
         kinds = self.valid_processor_kwargs.__annotations__
         known = {*kinds, "common_kwargs"}.union(*(getattr(kind, "__annotations__", ()) for kind in kinds.values()))
         # `ProcessingKwargs` names the base class of image settings.

@@ -211,7 +211,7 @@ class NeoVideoProcessor(VideoProcessorMixin, NeoImageProcessor):
             self.fps = None
         super().__init__(**kwargs)
 
-    def preprocess(self, videos: VideoInput, **kwargs: Any) -> BatchFeature:
+    def preprocess(self, videos: VideoInput, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         """
         Args:
             videos: a video or a list of videos.
