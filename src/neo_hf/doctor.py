@@ -24,8 +24,8 @@ TESTED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 REQUIRED = ("tokenizers", "huggingface_hub", "safetensors", "pillow", "numpy")
 # Optional parts, and what does not work without them.
 OPTIONAL = {
-    "decord": "reads video; without it, PyAV does",
-    "av": "reads video where there is no decord",
+    "av": "reads video; without it, decord does",
+    "decord": "reads video where there is no PyAV",
     "accelerate": 'needed for device_map and for training (pip install "neo-hf[train]")',
     "datasets": 'needed to train on data sets (pip install "neo-hf[train]")',
     "peft": 'needed for adapters (pip install "neo-hf[clients]")',
@@ -70,7 +70,7 @@ def versions() -> Iterator[str]:
     for name, purpose in OPTIONAL.items():
         yield f"{name:<18}{installed_version(name) or 'not installed':<16}{purpose}"
     if not (installed_version("decord") or installed_version("av")):
-        yield 'No reader of video is installed: pip install "neo-hf[video]".'
+        yield "No reader of video is installed: pip install av."
 
 
 def devices() -> list[str]:

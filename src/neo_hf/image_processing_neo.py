@@ -6,7 +6,10 @@ import base64
 import io
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +25,17 @@ from transformers.image_utils import (
     infer_channel_dimension_format,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
-from transformers.utils import TensorType
+from transformers.utils import TensorType, logging
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+logger = logging.get_logger(__name__)
+
 MAX_ASPECT_RATIO = 200
+# Frames sampled per second of video. No camera that a model of language learns from is faster.
+MAX_FPS = 1000
+
+BUDGETS = ("min_pixels", "max_pixels")
+COUNTS = ("max_video_tokens", "num_frames", "max_frames", "patch_size", "spatial_merge_size")
 
 
 class NeoImageProcessorKwargs(ImagesKwargs, total=False):
@@ -46,6 +56,59 @@ class NeoImageProcessorKwargs(ImagesKwargs, total=False):
     patch_size: int
     spatial_merge_size: int
     share_pixel_budget: bool
+
+
+def check_settings(settings: Mapping[str, Any]):
+    """
+    Check the numbers among the settings of an image or video processor; `None` is left to whoever needs a value.
+
+    Raises:
+        ValueError: if one is not a number, not finite or out of range; names the setting and quotes the value.
+    """
+    for name in (*BUDGETS, *COUNTS):
+        value: Any = settings.get(name)
+        if value is not None and (not _is_number(value, Integral) or (value < 1 and name in COUNTS)):
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+    for name in ("start", "end"):
+        value = settings.get(name)
+        if value is not None and not _is_number(value):
+            raise ValueError(f"{name} must be a finite number of seconds, got {value!r}.")
+    fps: Any = settings.get("fps")
+    if fps is not None and not (_is_number(fps) and 0 < fps <= MAX_FPS):
+        raise ValueError(f"fps must be a positive number of frames per second, at most {MAX_FPS}, got fps={fps!r}.")
+    indices = settings.get("frames_indices")
+    if indices is not None:
+        if not isinstance(indices, (list, tuple, range, np.ndarray)):
+            raise ValueError(f"frames_indices must be a list of integers, got {indices!r}.")
+        wrong = [index for index in indices if not _is_number(index, Integral)]
+        if wrong:
+            raise ValueError(f"frames_indices must be integers, got {wrong[:5]!r}.")
+    scale: Any = settings.get("rescale_factor")
+    if scale is not None and not (_is_number(scale) and scale > 0):
+        raise ValueError(f"rescale_factor must be a positive number, got {scale!r}.")
+    for name in ("image_mean", "image_std"):
+        value = settings.get(name)
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        if value is not None and not all(_is_number(x) and (x > 0 or name == "image_mean") for x in entries):
+            raise ValueError(f"{name} must be finite{' and positive' * (name == 'image_std')}, got {value!r}.")
+
+
+def check_names(settings: Mapping[str, Any], known: Iterable[str], strict: bool = True):
+    """
+    Raise a `ValueError` if a setting is unknown, with the closest known name. If not `strict`, only if there is one:
+    other names may be meant for a chat template.
+    """
+    known = sorted(known)
+    for name, value in settings.items():
+        close = get_close_matches(name, known, n=1, cutoff=0.75)
+        if name not in known and (strict or close):
+            hint = f"Did you mean {close[0]}?" if close else f"Settings are {', '.join(known)}."
+            raise ValueError(f"Unknown setting {name}={value!r:.50}. {hint}")
+
+
+def _is_number(value, kind: type = Real) -> bool:
+    """Whether `value` is a finite number of this kind. Booleans are no numbers."""
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -85,7 +148,12 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 
 def fetch(source: str | os.PathLike) -> str | io.BytesIO:
-    """Download an http(s) URL or decode a `data:` URI into memory; any other source is a path and returned as is."""
+    """
+    Download an http(s) URL or decode a `data:` URI into memory; any other source is a path and returned as is.
+
+    Raises:
+        ValueError: if the path is a folder, pipe or device, which may never end.
+    """
     source = os.fspath(source)
     if source.startswith(("http://", "https://")):
         response = get_session().get(source, follow_redirects=True, timeout=60)
@@ -93,6 +161,8 @@ def fetch(source: str | os.PathLike) -> str | io.BytesIO:
         return io.BytesIO(response.content)
     if source.startswith("data:"):
         return io.BytesIO(base64.b64decode(source.partition(",")[2]))
+    if os.path.exists(source) and not os.path.isfile(source):
+        raise ValueError("it is not a regular file")
     return source
 
 
@@ -100,6 +170,37 @@ def describe_source(source: str | os.PathLike | bytes) -> str:
     """A short name of a source for error messages."""
     name = f"{len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
     return name if len(name) <= 200 else name[:100] + "..."
+
+
+def to_uint8(pixels: np.ndarray) -> np.ndarray:
+    """
+    Convert the pixels of an image or video to uint8: floats within 0..1 are scaled by 255, other numbers must be
+    within 0..255 and are rounded, booleans become 0 and 255.
+
+    Raises:
+        ValueError: if they are no real numbers, not finite or out of range; quotes dtype and range.
+    """
+    if pixels.dtype == np.uint8 or not pixels.size:
+        return pixels.astype(np.uint8)
+    if pixels.dtype == bool:
+        return pixels * np.uint8(255)
+    if not np.issubdtype(pixels.dtype, np.integer) and not np.issubdtype(pixels.dtype, np.floating):
+        raise ValueError(f"Pixels must be real numbers, got an array of {pixels.dtype}.")
+    low, high = pixels.min(), pixels.max()
+    if not (low >= 0 and high <= 255):
+        raise ValueError(
+            f"Pixels must be finite and within 0..255, or floats within 0..1, got {pixels.dtype} from {low} to "
+            f"{high}. Divide 16-bit pixels by 257."
+        )
+    if np.issubdtype(pixels.dtype, np.floating) and high <= 1:
+        pixels = pixels.astype(np.float32) * 255
+    return np.rint(pixels).astype(np.uint8)
+
+
+def tensor_to_array(pixels: torch.Tensor) -> np.ndarray:
+    """A tensor as an array, wherever it is and whether or not it needs a gradient; bfloat16 becomes float32."""
+    pixels = pixels.detach().cpu()
+    return (pixels.float() if pixels.dtype == torch.bfloat16 else pixels).numpy()
 
 
 def load_image(source: str | os.PathLike | bytes) -> Image.Image:
@@ -147,13 +248,28 @@ class NeoImageProcessor(PilBackend):
 
     def __init__(self, **kwargs: Unpack[NeoImageProcessorKwargs]):
         super().__init__(**kwargs)
-        _check_budget(self.min_pixels, self.max_pixels)
+        self._check_settings(vars(self))
+
+    def preprocess(self, images: ImageInput, *args, **kwargs: Any) -> BatchFeature:
+        """
+        Args:
+            images: an image, a list of images or a list of lists of images.
+            kwargs: settings for this call (`NeoImageProcessorKwargs`).
+
+        Raises:
+            ValueError: if a setting is unknown or out of range, or an image cannot be read; quotes the value.
+        """
+        check_names(kwargs, self.valid_kwargs.__annotations__)
+        self._check_settings(kwargs)
+        return super().preprocess(images, *args, **kwargs)
 
     def fetch_images(self, images):
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
         if isinstance(images, (str, bytes, os.PathLike)):
             return load_image(images)
+        if isinstance(images, Image.Image):
+            return ImageOps.exif_transpose(images)
         if getattr(images, "ndim", 0) == 2:  # gray
             return images[..., None]
         return super().fetch_images(images)
@@ -170,7 +286,7 @@ class NeoImageProcessor(PilBackend):
             image = self.convert_to_rgb(image) if do_convert_rgb else np.array(image)
             input_data_format = ChannelDimension.LAST
         elif isinstance(image, torch.Tensor):
-            image = image.cpu().numpy()
+            image = tensor_to_array(image)
         if not isinstance(image, np.ndarray):
             raise ValueError(f"An image must be a Pillow image, an array or a tensor, got {type(image).__name__}.")
         if image.ndim == 2:
@@ -201,6 +317,8 @@ class NeoImageProcessor(PilBackend):
                 raise ValueError(f"An image with transparency must be uint8, got {image.dtype} {image.shape}.")
             rgb = self.convert_to_rgb(Image.fromarray(np.moveaxis(image, axis, -1), "RGBA"))
             return np.moveaxis(rgb, -1, axis)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            _warn_of_lost_values(image)
         if image.mode == "RGBA":
             transparent = np.asarray(image.getchannel("A")) == 0
             if transparent.any() and not transparent.all():
@@ -210,13 +328,18 @@ class NeoImageProcessor(PilBackend):
         return np.asarray(image.convert("RGB"))
 
     def _validate_preprocess_kwargs(self, **kwargs):
-        _check_budget(kwargs["min_pixels"], kwargs["max_pixels"])
+        self._check_settings(kwargs)
         if kwargs.get("size") is not None:
             raise ValueError(
                 f"The size of an image follows from min_pixels and max_pixels, got size={kwargs['size']}."
             )
         # With do_resize, the base class would require `size`.
         super()._validate_preprocess_kwargs(**{**kwargs, "do_resize": False})
+
+    def _check_settings(self, settings: Mapping[str, Any]):
+        settings = {name: settings.get(name, getattr(self, name, None)) for name in self.valid_kwargs.__annotations__}
+        check_settings(settings)
+        _check_budget(settings["min_pixels"], settings["max_pixels"])
 
     def _preprocess_image_like_inputs(self, images: ImageInput, **kwargs) -> BatchFeature:
         min_pixels, max_pixels = kwargs["min_pixels"], kwargs.pop("max_pixels")
@@ -250,6 +373,8 @@ class NeoImageProcessor(PilBackend):
         factor = patch_size * spatial_merge_size
         patches, grids = [], []
         for image, budget in zip(images, max_pixels, strict=True):
+            if do_rescale or not np.issubdtype(image.dtype, np.floating):
+                image = to_uint8(image)
             height, width = image.shape[1:]
             if do_resize:
                 height, width = smart_resize(height, width, factor, min_pixels, budget)
@@ -288,8 +413,23 @@ def shared_budget(max_pixels: int, min_pixels: int, count: int) -> int:
     return max(2 * max_pixels // count, min_pixels) if count > 1 else max_pixels
 
 
+def _warn_of_lost_values(image: Image.Image):
+    """Warn if the conversion of a mode of more than 8 bits to RGB, which clips and truncates, loses what it shows."""
+    pixels = np.asarray(image)
+    if not pixels.size:
+        return
+    if not np.isfinite(pixels).all():
+        raise ValueError(f"Pixels must be finite, got an image of mode {image.mode} with NaN or infinite values.")
+    low, high = pixels.min(), pixels.max()
+    if low < 0 or high > 255 or (image.mode == "F" and 0 < high <= 1):
+        logger.warning(
+            f"An image of mode {image.mode} has values from {low} to {high}. As in training, they are clipped to "
+            "0..255 without scaling; scale them first to keep what they show."
+        )
+
+
 def _check_budget(min_pixels: int, max_pixels: int):
-    if not 0 < min_pixels <= max_pixels:
+    if min_pixels is None or max_pixels is None or not 0 < min_pixels <= max_pixels:
         raise ValueError(f"min_pixels must be positive and at most max_pixels, got {min_pixels} and {max_pixels}.")
 
 

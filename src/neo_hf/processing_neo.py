@@ -1,7 +1,7 @@
 """Prompts with images and videos to model inputs: placeholders, token ids and patches."""
 
 from .chat_template_neo import CHAT_TEMPLATE, CONTROL_TOKENS, drop_marks, mark_control_tokens
-from .image_processing_neo import shared_budget
+from .image_processing_neo import check_names, check_settings, shared_budget
 from .indexing_neo import allocate_position_ids
 from .video_processing_neo import NeoVideoProcessor, NeoVideoProcessorKwargs, flatten_videos, is_video, video_duration
 
@@ -145,9 +145,10 @@ class NeoProcessor(ProcessorMixin):
 
         Raises:
             ValueError: if a prompt is empty, the numbers of placeholders and images or videos differ, truncation would
-                cut through an image or a turn, or an image or video cannot be read, has an impossible size or is not
-                allowed.
+                cut through an image or a turn, an image or video cannot be read, has an impossible size or is not
+                allowed, or a setting is misspelt or out of range.
         """
+        self._check_settings(kwargs)
         if self.allowed_media is not None:
             images, videos = (_admit(media, self.allowed_media) for media in (images, videos))
         return_offsets = kwargs.get("return_text_replacement_offsets")
@@ -176,6 +177,18 @@ class NeoProcessor(ProcessorMixin):
             padded = F.pad(torch.as_tensor(grids), (1, 0), value=1)
             inputs["image_grid_thw"] = padded if isinstance(grids, torch.Tensor) else padded.numpy()
         return inputs
+
+    def _check_settings(self, settings: Any):
+        kinds = self.valid_processor_kwargs.__annotations__
+        known = {*kinds, "common_kwargs"}.union(*(getattr(kind, "__annotations__", ()) for kind in kinds.values()))
+        # `ProcessingKwargs` names the base class of image settings.
+        media = {"images_kwargs": self.image_processor.valid_kwargs, "videos_kwargs": kinds["videos_kwargs"]}
+        for name, kind in media.items():
+            known |= set(kind.__annotations__)
+            check_names(settings.get(name) or {}, kind.__annotations__)
+            check_settings(settings.get(name) or {})
+        check_names(settings, known, strict=False)
+        check_settings(settings)
 
     def apply_chat_template(
         self,
@@ -483,8 +496,8 @@ def serialize_video(
     Write a video as text, with `<image>` for each of its frames (NEO-ov paper, section 3.2).
 
     Args:
-        metadata: metadata of the video. `frames_indices` are the sampled frames; the time of a frame is its index
-            divided by `fps`.
+        metadata: metadata of the video. `frames_indices` are the sampled frames, `timestamps` their times: the index
+            divided by `fps`, or the presentation times of a file read with `video_times="container"`.
         style: see `NeoVideosKwargs`.
         start, end: sampled window in seconds; by default the whole video.
 
@@ -510,9 +523,9 @@ def serialize_video(
         f"The time range of this video is [{format_time(start)}-{format_time(end)}], and the following is a series of "
         f"{len(indices)} frames sampled at {round(len(indices) / (end - start), 1)} FPS.\n"
     )
-    for number, index in enumerate(indices, start=1):
+    for number, time in enumerate(metadata.timestamps, start=1):
         frame = f"Frame{number} is at " if style == "spatial_timestamps" else ""
-        text += f"{frame}[{format_timestamp(index / metadata.fps)}]:<image>\n"
+        text += f"{frame}[{format_timestamp(time)}]:<image>\n"
     return text
 
 
@@ -522,9 +535,8 @@ def format_time(seconds: float) -> str:
 
 
 def format_timestamp(seconds: float) -> str:
-    """Format as `MM:SS.ss`, rounded. Minutes continue past 99."""
-    minutes, rest = int(seconds // 60), f"{seconds % 60:05.2f}"
-    return f"{minutes + 1:02d}:00.00" if rest == "60.00" else f"{minutes:02d}:{rest}"
+    """Format as `MM:SS.ss`, rounded. Minutes continue past 99; 59.998 is `00:60.00`, as in training."""
+    return f"{int(seconds // 60):02d}:{seconds % 60:05.2f}"
 
 
 def _split(pixels, grids, counts: list[int]) -> list[tuple]:

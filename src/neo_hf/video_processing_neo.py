@@ -1,19 +1,28 @@
 """Videos to normalised patches: a video is a sequence of sampled frames, each an image. No torchvision."""
 
-from .image_processing_neo import NeoImageProcessor, smart_resize
-from .video_reading_neo import open_video
+from .image_processing_neo import (
+    NeoImageProcessor,
+    check_names,
+    check_settings,
+    smart_resize,
+    tensor_to_array,
+    to_uint8,
+)
+from .video_reading_neo import NeoVideoMetadata, open_video
 
 import math
 import os
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from PIL import Image
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import ChannelDimension, validate_kwargs
+from transformers.image_utils import ChannelDimension
 from transformers.processing_utils import VideosKwargs
 from transformers.utils import logging
 from transformers.video_processing_utils import VideoProcessorMixin
@@ -22,6 +31,9 @@ from transformers.video_utils import VideoInput, VideoMetadata
 logger = logging.get_logger(__name__)
 
 SAMPLING = ("num_frames", "fps", "frames_indices")
+VIDEO_TIMES = ("mean_rate", "container")
+# More than fit in any context: a frame takes some 20 tokens at least, so these take 160,000.
+MAX_FRAMES = 8192
 
 
 class NeoVideoProcessorKwargs(VideosKwargs, total=False):
@@ -44,6 +56,9 @@ class NeoVideoProcessorKwargs(VideosKwargs, total=False):
         Maximum number of visual tokens per video. Frames are shrunk, down to `min_pixels`, before any is dropped.
     patch_size, spatial_merge_size (`int`, *optional*, defaults to 16 and 2):
         As for images.
+    video_times (`str`, *optional*, defaults to `"mean_rate"`):
+        The times of the frames of a file: "mean_rate", number over mean frame rate, as in training; "container", the
+        presentation times, which differ if the rate varies.
     do_sample_frames (`bool`, *optional*):
         By default, files are sampled, and frames passed directly are sampled if the call sets a sampling method or if
         their metadata has a frame rate and no `frames_indices`. `False`: keep all frames; `True`: always sample.
@@ -59,6 +74,7 @@ class NeoVideoProcessorKwargs(VideosKwargs, total=False):
     max_video_tokens: int | None
     patch_size: int
     spatial_merge_size: int
+    video_times: str
 
 
 def video_duration(metadata: VideoMetadata) -> float | None:
@@ -90,8 +106,19 @@ def sample_frames(
         Frame indices.
 
     Raises:
-        ValueError: if a setting is out of range for the video, or needs its frame rate and that is unknown.
+        ValueError: if a setting is no finite number, is out of range for the video, asks for more than `MAX_FRAMES`
+            frames, or needs the frame rate and that is unknown.
     """
+    check_settings(
+        {
+            "num_frames": num_frames,
+            "fps": fps,
+            "frames_indices": frames_indices,
+            "max_frames": max_frames,
+            "start": start,
+            "end": end,
+        }
+    )
     total, video_fps = metadata.total_num_frames, metadata.fps
     if frames_indices is not None:
         outside = [index for index in frames_indices if not 0 <= index < total]
@@ -106,8 +133,12 @@ def sample_frames(
         if duration is None:
             raise ValueError(f"A window in seconds needs the frame rate of the video, got fps={video_fps}.")
         start, end = start or 0.0, duration if end is None else end
-        # Decimal seconds times a frame rate miss whole numbers by rounding error.
-        first, stop = (math.ceil(round(seconds * video_fps, 6)) for seconds in (start, end))
+        times = getattr(metadata, "times", None)
+        if times is not None:
+            first, stop = (bisect_left(times, round(seconds, 6)) for seconds in (start, end))
+        else:
+            # Decimal seconds times a frame rate miss whole numbers by rounding error.
+            first, stop = (math.ceil(round(seconds * video_fps, 6)) for seconds in (start, end))
         first, length = max(first, 0), min(stop, total) - first
         if not 0 <= start < end <= duration or length < 1:
             raise ValueError(
@@ -118,8 +149,7 @@ def sample_frames(
 
     # The order of float operations decides on which side of a frame boundary an index falls: keep it.
     if num_frames is not None:
-        if num_frames < 1:
-            raise ValueError(f"num_frames must be at least 1, got {num_frames}.")
+        _check_count(num_frames, f"num_frames={num_frames}")
         if segment_centers:
             step = length / num_frames
             offsets = [int((number + 0.5) * step) for number in range(num_frames)]
@@ -127,20 +157,26 @@ def sample_frames(
             step = length / (num_frames + 1)
             offsets = [int(number * step) for number in range(1, num_frames + 1)]
     elif fps is not None:
-        if duration is None or fps <= 0:
+        if duration is None:
             raise ValueError(
-                f"Sampling by rate needs a positive rate and the frame rate of the video, got fps={fps} and a video "
-                f"of {video_fps} frames per second. Set num_frames, or fps in video_metadata."
+                f"Sampling by rate needs the frame rate of the video, got fps={fps} and a video of {video_fps} frames "
+                "per second. Set num_frames, or fps in video_metadata."
             )
         count = max(int(duration * fps), 1)
         if max_frames is not None and count > max_frames:
             count, step = max_frames, length / (max_frames + 1)
         else:
             step = video_fps / fps
+        _check_count(count, f"fps={fps} for {duration:g} seconds and max_frames={max_frames}")
         offsets = [min(int(number * step), length - 1) for number in range(count)]
     else:
         offsets = [*range(length)]
     return [first + offset for offset in offsets]
+
+
+def _check_count(count: int, settings: str):
+    if count > MAX_FRAMES:
+        raise ValueError(f"At most {MAX_FRAMES} frames of a video are read, got {settings}: {count} frames.")
 
 
 class NeoVideoProcessor(VideoProcessorMixin, NeoImageProcessor):
@@ -164,6 +200,7 @@ class NeoVideoProcessor(VideoProcessorMixin, NeoImageProcessor):
     start = None
     end = None
     do_sample_frames = None
+    video_times = VIDEO_TIMES[0]
     valid_kwargs: Any = NeoVideoProcessorKwargs
     model_input_names = ["pixel_values", "image_grid_hw"]
 
@@ -174,7 +211,7 @@ class NeoVideoProcessor(VideoProcessorMixin, NeoImageProcessor):
             self.fps = None
         super().__init__(**kwargs)
 
-    def preprocess(self, videos: VideoInput, **kwargs: Any) -> BatchFeature:
+    def preprocess(self, videos: VideoInput, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         """
         Args:
             videos: a video or a list of videos.
@@ -185,8 +222,8 @@ class NeoVideoProcessor(VideoProcessorMixin, NeoImageProcessor):
             ValueError: if a video cannot be read, is empty or has frames of different sizes, or if settings are in
                 conflict or out of range for the video; quotes the value.
         """
-        names = [*self.valid_kwargs.__annotations__, "return_tensors"]
-        validate_kwargs(captured_kwargs=kwargs.keys(), valid_processor_keys=names)
+        check_names(kwargs, self.valid_kwargs.__annotations__)
+        self._check_settings(kwargs)
         validate_typed_dict(self.valid_kwargs, kwargs)
         requested = {name: kwargs[name] for name in SAMPLING if kwargs.get(name) is not None}
         if len(requested) > 1:
@@ -197,6 +234,8 @@ class NeoVideoProcessor(VideoProcessorMixin, NeoImageProcessor):
             kwargs.setdefault(name, getattr(self, name, None))
         kwargs = self._standardize_kwargs(**kwargs)
         self._validate_preprocess_kwargs(**kwargs)
+        if kwargs["video_times"] not in VIDEO_TIMES:
+            raise ValueError(f"video_times must be one of {VIDEO_TIMES}, got {kwargs['video_times']!r}.")
 
         videos = flatten_videos(videos)
         given = kwargs.pop("video_metadata")
@@ -219,10 +258,19 @@ class NeoVideoProcessor(VideoProcessorMixin, NeoImageProcessor):
         reader = open_video(video) if isinstance(video, (str, os.PathLike)) else None
         to_array = {name: settings[name] for name in ("do_convert_rgb", "input_data_format")}
         if reader:
+            if settings["video_times"] == "container":
+                reader.use_container_times()
+            elif reader.has_variable_rate:
+                logger.warning(
+                    f"The frame rate of the video {reader.name} varies, so times from its mean of "
+                    f'{reader.metadata.fps:.3f} frames per second are off: video_times="container" gives true ones.'
+                )
             metadata = reader.metadata
             to_array["input_data_format"] = ChannelDimension.LAST
         else:
             metadata = _metadata_of_frames(video, metadata)
+            if getattr(video, "ndim", 0) == 4:
+                video = _to_uint8_video(video, settings["do_rescale"])
             metadata.height, metadata.width = self.process_image(self.fetch_images(video[0]), **to_array).shape[1:]
 
         known = metadata.frames_indices  # of frames that were sampled before they were passed
@@ -239,6 +287,8 @@ class NeoVideoProcessor(VideoProcessorMixin, NeoImageProcessor):
             places = sample_frames(metadata, **{name: settings[name] for name in sampling})
         else:
             places = [*range(metadata.total_num_frames if known is None else len(known))]
+        if reader:
+            _check_count(len(places), f"a video of {metadata.total_num_frames} frames")
         places, budget = self._fit(places, metadata, **settings)
         metadata.frames_indices = places if known is None else [known[place] for place in places]
         frames = reader.read(places) if reader else (video[place] for place in places)
@@ -324,15 +374,25 @@ def flatten_videos(videos) -> list:
     )
 
 
+def _to_uint8_video(frames, do_rescale: bool) -> np.ndarray:
+    """An array or tensor of frames as uint8, so that whether floats reach to 1 or 255 is decided for all frames."""
+    frames = tensor_to_array(frames) if isinstance(frames, torch.Tensor) else frames
+    return to_uint8(frames) if do_rescale else frames
+
+
 def _is_paths(x) -> bool:
     return isinstance(x, (list, tuple)) and bool(x) and all(isinstance(path, (str, os.PathLike)) for path in x)
 
 
 def _metadata_of_frames(frames, known: VideoMetadata | dict | None) -> VideoMetadata:
     """Metadata of a video passed as frames, checked; a frame rate of 0 means unknown. `known` is not modified."""
-    metadata = VideoMetadata(**{"total_num_frames": len(frames), **(known or {})})
+    metadata = NeoVideoMetadata(**{"total_num_frames": len(frames), **(known or {})})
+    for name in ("fps", "duration"):
+        value = metadata[name]
+        if isinstance(value, (bool, str)) or (value is not None and not math.isfinite(value)):
+            raise ValueError(f"video_metadata.{name} must be a finite number or None, got {value!r}.")
     metadata.fps = metadata.fps or None
-    if metadata.fps is not None and not 0 < metadata.fps < math.inf:
+    if metadata.fps is not None and metadata.fps < 0:
         raise ValueError(f"video_metadata.fps must be positive, or None if unknown, got {metadata.fps}.")
     if metadata.frames_indices is not None:
         indices = [int(index) for index in metadata.frames_indices]

@@ -505,3 +505,102 @@ def test_odds_and_ends(processor):
     assert shared.num_image_patches == inputs["image_grid_hw"].prod(-1).tolist()
     with pytest.raises(Exception, match="not trained to call tools"):
         processor.apply_chat_template([user("Hi")], tools=[{"type": "function", "function": {"name": "f"}}])
+
+
+def test_arrays_are_read_as_what_they_are():
+    processor = NeoImageProcessor(min_pixels=1024)
+    pixels = np.random.default_rng(2).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    expected = processor(pixels)["pixel_values"]
+    unit = torch.tensor(pixels / 255)
+    for same in (
+        pixels / 255,
+        (pixels / 255).astype(np.float32),
+        pixels.astype(np.float32),
+        pixels.astype(np.int64),
+        unit,
+        unit.requires_grad_(),
+        torch.tensor(pixels).bfloat16(),
+    ):
+        assert np.array_equal(processor(same)["pixel_values"], expected), same.dtype
+    mask = pixels > 128
+    black_and_white = processor(mask.astype(np.uint8) * 255)["pixel_values"]
+    for same in (mask, torch.tensor(mask), mask.astype(np.float32)):
+        assert np.array_equal(processor(same)["pixel_values"], black_and_white)
+    # Without do_rescale, floats are what the caller scaled already.
+    raw = NeoImageProcessor(min_pixels=1024, do_rescale=False, do_normalize=False)
+    assert np.allclose(raw(pixels / 255)["pixel_values"].max(), 1)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.full((64, 64, 3), 300, np.uint16), "uint16 from 300 to 300. Divide 16-bit pixels by 257"),
+        (np.full((64, 64, 3), -1), "int64 from -1 to -1"),
+        (np.full((64, 64, 3), np.nan), "float64 from nan to nan"),
+        (np.full((64, 64, 3), np.inf, np.float32), "float32 from inf to inf"),
+        (np.zeros((64, 64, 3), complex), "real numbers, got an array of complex128"),
+        (Image.fromarray(np.full((64, 64), np.nan, np.float32)), "mode F with NaN"),
+    ],
+)
+def test_pixels_that_mean_nothing(pixels, message):
+    with pytest.raises(ValueError, match=message):
+        NeoImageProcessor()(pixels)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "lost"),
+    [
+        (np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16, True),
+        (np.arange(4096, dtype=np.int32).reshape(64, 64) * 16, True),
+        (np.arange(4096, dtype=np.float32).reshape(64, 64) / 4096, True),
+        (np.arange(4096, dtype=np.float32).reshape(64, 64) / 4096 * 255, False),
+        (np.arange(4096, dtype=np.uint16).reshape(64, 64) // 16, False),
+    ],
+)
+def test_modes_of_more_than_8_bits(pixels, lost, caplog):
+    """Converted as in training, which clips, with a warning where that loses anything."""
+    image = Image.fromarray(pixels)
+    with caplog.at_level("WARNING"):
+        found = NeoImageProcessor(min_pixels=1024)(image)["pixel_values"]
+    assert np.array_equal(found, NeoImageProcessor(min_pixels=1024)(image.convert("RGB"))["pixel_values"])
+    assert (f"mode {image.mode} has values from" in caplog.text) == lost
+
+
+def test_exif_orientation_of_opened_images(tmp_path):
+    image = noise(64, 128)
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    processor = NeoImageProcessor(min_pixels=1024)
+    expected = processor(str(tmp_path / "turned.png"))
+    with Image.open(tmp_path / "turned.png") as opened:
+        for images in (opened, [[opened]]):
+            found = processor(images)
+            assert found["image_grid_hw"].tolist() == [[8, 4]]
+            assert np.array_equal(found["pixel_values"], expected["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_pixels": "1024"}, "min_pixels must be .* got '1024'"),
+        ({"max_pixels": float("nan")}, "max_pixels must be .* got nan"),
+        ({"max_pixels": float("inf")}, "max_pixels must be .* got inf"),
+        ({"min_pixels": True}, "min_pixels must be .* got True"),
+        ({"min_pixels": -5}, "got -5 and"),
+        ({"patch_size": 16.0}, r"patch_size must be .* got 16\.0"),
+        ({"rescale_factor": float("nan")}, "rescale_factor must be .* got nan"),
+        ({"image_std": [0.2, 0.0, 0.2]}, "image_std must be finite and positive"),
+        ({"max_pixel": 5}, "Unknown setting max_pixel=5. Did you mean max_pixels"),
+    ],
+)
+def test_settings_that_mean_nothing(processor, settings, message):
+    with pytest.raises(ValueError, match=message):
+        NeoImageProcessor()(noise(64, 64), **settings)
+    with pytest.raises(ValueError, match=message):
+        processor(text="<image>", images=noise(64, 64), **settings)
+    with pytest.raises(ValueError, match=message):
+        processor(text="<image>", images=noise(64, 64), images_kwargs=settings)
+    if "max_pixel" not in settings:
+        with pytest.raises(ValueError, match=message):
+            NeoImageProcessor(**settings)

@@ -3,6 +3,7 @@
 import base64
 import http.server
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from PIL import Image
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from neo_hf import NeoProcessor, NeoVideoProcessor, video_reading_neo
+from neo_hf import NeoImageProcessor, NeoProcessor, NeoVideoProcessor, video_reading_neo
 from neo_hf.processing_neo import serialize_video
 from neo_hf.video_processing_neo import flatten_videos, sample_frames
 from neo_hf.video_reading_neo import DecordReader, PyAVReader
@@ -139,8 +140,8 @@ def test_timestamps():
     assert serialize_video(metadata(216_000, 30, [0, 108_015, 215_999])) == (
         prefix("[00:00-120:00]", 3, "0.0") + "[00:00.00]:<image>\n[60:00.50]:<image>\n[119:59.97]:<image>\n"
     )
-    # 59.998 seconds are no 60 of a minute that has begun before.
-    assert "[01:00.00]:" in serialize_video(metadata(100_000, 1000, [59_998]))
+    # 59.998 seconds round up within their minute, as in training.
+    assert "[00:60.00]:" in serialize_video(metadata(100_000, 1000, [59_998]))
 
 
 def test_other_styles():
@@ -418,8 +419,8 @@ def test_backends_agree(clips, name, monkeypatch):
     outputs = []
     for _ in range(2):
         outputs.append(NeoVideoProcessor()(path, return_metadata=True, return_tensors="pt"))
-        monkeypatch.setattr(video_reading_neo, "is_decord_available", lambda: False)
-    assert [o["video_metadata"][0].video_backend for o in outputs] == ["decord", "pyav"]
+        monkeypatch.setattr(video_reading_neo, "is_av_available", lambda: False)
+    assert [o["video_metadata"][0].video_backend for o in outputs] == ["pyav", "decord"]
     assert torch.equal(outputs[0]["pixel_values"], outputs[1]["pixel_values"])
 
 
@@ -454,16 +455,16 @@ def test_unreadable_files(tmp_path, clips, monkeypatch):
         for name in ("empty.mp4", "truncated.mp4", "text.mp4", "audio.mp4", "none.mp4"):
             with pytest.raises(ValueError, match=rf"Cannot read the video .*{name}: "):
                 NeoVideoProcessor()(tmp_path / name)
-        monkeypatch.setattr(video_reading_neo, "is_decord_available", lambda: False)
-    monkeypatch.setattr(video_reading_neo, "is_av_available", lambda: False)
-    with pytest.raises(ImportError, match="needs decord or PyAV"):
+        monkeypatch.setattr(video_reading_neo, "is_av_available", lambda: False)
+    monkeypatch.setattr(video_reading_neo, "is_decord_available", lambda: False)
+    with pytest.raises(ImportError, match="needs PyAV or decord"):
         NeoVideoProcessor()(clips / "bikes.mp4")
 
 
 @pytest.mark.parametrize("backend", ["decord", "pyav"])
 def test_data_uri(clips, monkeypatch, backend):
     """As servers are sent videos."""
-    monkeypatch.setattr(video_reading_neo, "is_decord_available", lambda: backend == "decord")
+    monkeypatch.setattr(video_reading_neo, "is_av_available", lambda: backend == "pyav")
     uri = "data:video/mp4;base64," + base64.b64encode((clips / "bikes.mp4").read_bytes()).decode()
     expected = NeoVideoProcessor()(clips / "bikes.mp4", num_frames=3)
     assert np.array_equal(NeoVideoProcessor()(uri, num_frames=3)["pixel_values"], expected["pixel_values"])
@@ -501,7 +502,7 @@ MEMORY = """
 import resource, sys
 from neo_hf import NeoVideoProcessor, video_reading_neo
 path, backend = sys.argv[1:]
-video_reading_neo.is_decord_available = lambda: backend == "decord"
+video_reading_neo.is_av_available = lambda: backend == "pyav"
 NeoVideoProcessor()(path, num_frames=16)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
@@ -518,3 +519,248 @@ def test_memory_is_flat_in_length(tmp_path, backend):
         peaks.append(int(run.stdout))
     # Kilobytes. All frames of the longer clip take 276 MB.
     assert peaks[1] - peaks[0] < 30_000, peaks
+
+
+# The same frames from both readers, as a person sees them
+
+VARIED = [0, 40, 80, 120, 500, 540, 1000, 1040, 2000, 2040, 2080, 3000]
+
+
+def colours(number, height=64, width=96):
+    """A frame of coloured blocks, different in each corner, that move with its number."""
+    blocks = np.random.default_rng(0).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    return np.roll(blocks.repeat(8, 0).repeat(8, 1)[:height, :width], 3 * number, axis=1)
+
+
+def encode(path, codec="libx264", count=24, size=(64, 96), rotation=None, options=None, pixels="yuv420p", **container):
+    with av.open(str(path), "w", **container) as output:
+        stream = output.add_stream(codec, rate=25, options=options or {})
+        stream.height, stream.width, stream.pix_fmt = *size, pixels
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        for number in range(count):
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(colours(number, *size), format="rgb24")))
+        output.mux(stream.encode())
+    return path
+
+
+def encoder(name):
+    try:
+        av.codec.Codec(name, "w")
+    except av.codec.codec.UnknownCodecError:
+        pytest.skip(f"this PyAV has no encoder {name}")
+    return name
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("plain.mp4", {}),
+        ("quarter.mp4", {"rotation": 90}),
+        ("half.mp4", {"rotation": 180}),
+        ("three_quarters.mp4", {"rotation": 270}),
+        ("one_frame.mp4", {"count": 1}),
+        ("odd.mp4", {"size": (49, 81), "pixels": "yuv444p"}),
+        ("b_frames.mp4", {"options": {"bf": "3", "g": "8"}}),
+        ("hevc.mp4", {"codec": "libx265", "options": {"x265-params": "bframes=3:keyint=8:open-gop=0:log-level=none"}}),
+        ("vp9.webm", {"codec": "libvpx-vp9"}),
+        ("mpeg4.avi", {"codec": "mpeg4"}),
+    ],
+)
+def test_readers_agree(tmp_path, name, settings):
+    path = encode(tmp_path / name, **(settings | {"codec": encoder(settings.get("codec", "libx264"))}))
+    decord_file, file = (reader(str(path), name) for reader in (DecordReader, PyAVReader))
+    for field in ("total_num_frames", "fps", "duration", "height", "width"):
+        assert decord_file.metadata[field] == file.metadata[field], field
+    assert np.allclose(decord_file.times, file.times, atol=1e-6)
+    count = settings.get("count", 24)
+    order = [index for index in (5, 0, 23, 7, 8, 6, 6, 22) if index < count]
+    turns = settings.get("rotation", 0) // 90
+    for index, one, two in zip(order, decord_file.read(order), file.read(order), strict=True):
+        assert np.array_equal(one, two)
+        upright = np.rot90(colours(index, *settings.get("size", (64, 96))), turns)
+        assert two.shape == upright.shape
+        assert np.abs(two.astype(int) - upright).mean() < 40  # other corners are 80 away
+    assert file.metadata.total_num_frames == count
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.ts"])
+def test_open_groups(tmp_path, name):
+    """Frames that are shown before their keyframe, but follow it in the file. decord returns others for them."""
+    path = encode(tmp_path / name, options={"bf": "3", "g": "8", "x264-params": "open-gop=1"})
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    order = [5, 0, 23, 7, 8, 6, 6, 22, *range(24)]
+    for index, frame in zip(order, PyAVReader(str(path), name).read(order), strict=True):
+        assert np.array_equal(frame, frames[index]), index
+
+
+def test_rows_that_decord_misreads(tmp_path):
+    path = encode(tmp_path / "clip.mp4", size=(48, 80), rotation=90)
+    assert next(PyAVReader(str(path), "clip").read([3])).shape == (80, 48, 3)
+    with pytest.raises(ValueError, match="decord misreads its rotated frames"):
+        DecordReader(str(path), "clip")
+
+
+def test_odd_sides_with_shared_chroma(tmp_path):
+    """The readers interpolate chroma differently there."""
+    path = encode(tmp_path / "odd.mp4", codec="mpeg4", size=(49, 81))
+    frames = [next(reader(str(path), "clip").read([7])).astype(int) for reader in (DecordReader, PyAVReader)]
+    assert frames[0].shape == frames[1].shape == (49, 81, 3)
+    assert np.abs(frames[0] - frames[1]).mean() < 12
+
+
+@pytest.mark.parametrize(("name", "codec"), [("clip.mp4", "libsvtav1"), ("clip.ts", "libx264")])
+def test_only_pyav_reads(tmp_path, name, codec):
+    path = encode(tmp_path / name, codec=encoder(codec), size=(64, 80))
+    with pytest.raises(Exception, match=r"ERROR|EOF"):
+        DecordReader(str(path), name)
+    features = NeoVideoProcessor()(path, frames_indices=[3, 11], return_metadata=True)
+    assert features["video_metadata"][0].total_num_frames == 24
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "readers"),
+    [
+        ("clip.mp4", {}, ("pyav", "decord")),
+        ("faststart.mp4", {"container_options": {"movflags": "faststart"}}, ("pyav", "decord")),
+        ("clip.avi", {"codec": "mpeg4"}, ("pyav",)),  # decord reads these as shorter videos
+        ("clip.webm", {"codec": "libvpx-vp9"}, ("pyav",)),
+    ],
+)
+@pytest.mark.parametrize("share", [0.4, 0.7])
+def test_cut_off(tmp_path, monkeypatch, name, settings, readers, share):
+    path = encode(tmp_path / name, count=100, **settings)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    for reader in readers:
+        monkeypatch.setattr(video_reading_neo, "is_av_available", lambda reader=reader: reader == "pyav")
+        with pytest.raises(ValueError, match=rf"Cannot read .*{name}"):
+            NeoVideoProcessor()(path, num_frames=8)
+
+
+@pytest.mark.parametrize("backend", ["decord", "pyav"])
+def test_container_times(processor, tokenizer, tmp_path, monkeypatch, caplog, backend):
+    monkeypatch.setattr(video_reading_neo, "is_av_available", lambda: backend == "pyav")
+    path = write_video(tmp_path / "v.mp4", [gray(20 * i) for i in range(12)], codec="libx264", times=VARIED)
+
+    def words(**kwargs):
+        caplog.clear()
+        content = [{"type": "video", "path": str(path)}]
+        with caplog.at_level("WARNING"):
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=True, return_dict=True, processor_kwargs=kwargs
+            )
+        text = tokenizer.decode(inputs["input_ids"][0])
+        return [line[1:9] for line in text.split("\n") if line.startswith("[0")], text
+
+    assert words(frames_indices=[4, 11])[0] == ["00:00.72", "00:01.98"]
+    assert "varies" in caplog.text
+    assert 'video_times="container" gives true ones' in caplog.text
+    times, text = words(frames_indices=[4, 11], video_times="container")
+    assert times == ["00:00.50", "00:03.00"]
+    assert "[00:00-00:03]" in text
+    assert "varies" not in caplog.text
+    # The window holds the frames shown in it: 2000, 2040, 2080.
+    assert words(num_frames=2, start=2, end=2.5, video_times="container")[0] == ["00:02.04", "00:02.08"]
+    assert words(num_frames=1, videos_kwargs={"video_times": "container"})[0] == ["00:01.00"]
+    with pytest.raises(ValueError, match=r"video_times must be one of .* got 'true'"):
+        words(video_times="true")
+    path = encode(tmp_path / "steady.mp4")
+    assert words(frames_indices=[4, 11])[0] == words(frames_indices=[4, 11], video_times="container")[0]
+    assert "varies" not in caplog.text
+
+
+# Bounded work, and settings that mean nothing
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_frames": 100_000}, "At most 8192 frames .* num_frames=100000"),
+        ({"fps": 1e9}, r"at most 1000, got fps=1000000000\.0"),
+        ({"fps": 1000, "max_frames": None}, "At most 8192 frames .* fps=1000 for 10 seconds"),
+        ({"fps": float("nan")}, "fps must be .* got fps=nan"),
+        ({"fps": float("inf")}, "fps must be .* got fps=inf"),
+        ({"fps": -1}, "fps must be .* got fps=-1"),
+        ({"fps": "2"}, "fps must be .* got fps='2'"),
+        ({"fps": True}, "fps must be .* got fps=True"),
+        ({"num_frames": 2.5}, r"num_frames must be .* got 2\.5"),
+        ({"num_frames": True}, "num_frames must be .* got True"),
+        ({"num_frames": -3}, "num_frames must be .* got -3"),
+        ({"max_frames": 0}, "max_frames must be .* got 0"),
+        ({"start": float("nan")}, "start must be .* got nan"),
+        ({"end": float("inf")}, "end must be .* got inf"),
+        ({"end": "3"}, "end must be .* got '3'"),
+        ({"start": False}, "start must be .* got False"),
+        ({"frames_indices": [1, 2.5]}, r"frames_indices must be integers, got \[2\.5\]"),
+        ({"frames_indices": [True]}, r"frames_indices must be integers, got \[True\]"),
+        ({"frames_indices": "12"}, "frames_indices must be a list of integers, got '12'"),
+        ({"max_video_tokens": float("nan")}, "max_video_tokens must be .* got nan"),
+        ({"max_pixels": "many"}, "max_pixels must be .* got 'many'"),
+        ({"min_pixels": True}, "min_pixels must be .* got True"),
+        ({"min_pixels": float("nan")}, "min_pixels must be .* got nan"),
+        ({"patch_size": 0}, "patch_size must be .* got 0"),
+        ({"nun_frames": 8}, "Unknown setting nun_frames=8. Did you mean num_frames"),
+        ({"max_pixel": 8}, "Unknown setting max_pixel=8. Did you mean max_pixels"),
+    ],
+)
+def test_settings_that_mean_nothing(processor, settings, message):
+    frames = np.stack([gray(number) for number in range(10)])
+    known = {"video_metadata": [{"fps": 1}]}
+    with pytest.raises(ValueError, match=message):
+        NeoVideoProcessor()(frames, **known, **settings)
+    with pytest.raises(ValueError, match=message):
+        processor(text="<video>", videos=[frames], **known, **settings)
+    with pytest.raises(ValueError, match=message):
+        processor(text="<video>", videos=[frames], videos_kwargs=known | settings)
+    messages = [{"role": "user", "content": [{"type": "video", "video": frames}]}]
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template(messages, tokenize=True, return_dict=True, processor_kwargs=known | settings)
+
+
+@pytest.mark.parametrize("name", ["fps", "duration"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "25", True])
+def test_metadata_that_means_nothing(name, value):
+    with pytest.raises(ValueError, match=f"video_metadata.{name} must be a finite number or None, got {value!r}"):
+        NeoVideoProcessor()([gray(0)], video_metadata={name: value})
+
+
+def test_what_is_no_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for path in (tmp_path / "pipe.mp4", "/dev/zero", tmp_path):
+        for processor in (NeoVideoProcessor(), NeoImageProcessor()):
+            with pytest.raises(ValueError, match=r"Cannot read the (video|image) .*it is not a regular file"):
+                processor(path)
+
+
+def test_float_frames_share_a_scale():
+    """A frame of zeros and ones among frames of 0..255 is dark."""
+    frames = np.stack([np.ones((32, 64, 3)), np.full((32, 64, 3), 200.0)])
+    expected = NeoVideoProcessor()(frames.astype(np.uint8))["pixel_values"]
+    assert np.array_equal(NeoVideoProcessor()(frames)["pixel_values"], expected)
+    assert np.array_equal(NeoVideoProcessor()(torch.tensor(frames).bfloat16())["pixel_values"], expected)
+
+
+# The order of float operations
+
+
+def test_count_keeps_the_order_of_floats():
+    """`int(i * (length / (n + 1)))`, which is not `i * length // (n + 1)`."""
+    found = 0
+    for length in range(1, 400):
+        for count in (2, 6, 8, 48):
+            step = length / (count + 1)
+            expected = [int(number * step) for number in range(1, count + 1)]
+            assert sample(length, 25, num_frames=count) == expected
+            found += expected != [number * length // (count + 1) for number in range(1, count + 1)]
+    assert found  # the difference matters somewhere
+
+
+def test_rounding_of_times_and_rates():
+    # 1.96 seconds at 1 per second: 1 frame, not 2.
+    assert sample(49, 25, fps=1) == [0]
+    # 59.96 seconds are 00:59; 7 frames of 59.96 seconds are 0.1 per second.
+    assert serialize_video(metadata(1499, 25, [0])).startswith(prefix("[00:00-00:59]", 1, "0.0"))
+    assert serialize_video(metadata(1499, 25, [0] * 7)).startswith(prefix("[00:00-00:59]", 7, "0.1"))
+    assert serialize_video(metadata(250, 25, [2]), start=1.9, end=3.9).startswith(prefix("[00:01-00:03]", 1, "0.5"))
