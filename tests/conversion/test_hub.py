@@ -123,7 +123,7 @@ def test_code_files_import_only_what_remote_code_may():
     for file in CODE_FILES:
         assert {f"{name}.py" for name in get_relative_imports(os.path.join(folder, file))} <= CODE_FILES
         assert set(get_imports(os.path.join(folder, file))) - sys.stdlib_module_names <= {
-            "huggingface_hub", "numpy", "packaging", "PIL", "safetensors", "torch", "transformers",
+            "huggingface_hub", "numpy", "packaging", "PIL", "safetensors", "tokenizers", "torch", "transformers",
         }  # fmt: skip
 
 
