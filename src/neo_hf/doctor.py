@@ -16,8 +16,8 @@ from packaging.version import parse as parse_version
 
 # The oldest and the newest version tested, as far as they are compared; docs/compatibility.md has the dates.
 TESTED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "python": ((3, 11), (3, 11)),
-    "torch": ((2, 13), (2, 13)),
+    "python": ((3, 11), (3, 13)),
+    "torch": ((2, 8), (2, 14)),
     "transformers": ((5, 19), NEWEST_TESTED),
 }
 # Present in any installation; reported, as they are what to quote with a question.
@@ -25,7 +25,7 @@ REQUIRED = ("tokenizers", "huggingface_hub", "safetensors", "pillow", "numpy")
 # Optional parts, and what does not work without them.
 OPTIONAL = {
     "av": "reads video; without it, decord does",
-    "decord": "reads video where there is no PyAV",
+    "decord": "reads video if PyAV is not installed",
     "accelerate": 'needed for device_map and for training (pip install "neo-hf[train]")',
     "datasets": 'needed to train on data sets (pip install "neo-hf[train]")',
     "peft": 'needed for adapters (pip install "neo-hf[clients]")',

@@ -55,8 +55,10 @@ def open_video(source: str | os.PathLike) -> "VideoReader":
     try:
         file = fetch(source)
         if isinstance(file, str) and not os.path.exists(file):
-            raise FileNotFoundError("there is no such file")
+            raise FileNotFoundError
         return reader(file, name)
+    except FileNotFoundError as error:
+        raise ValueError(f"Cannot read the video {name}: there is no such file.") from error
     except Exception as error:  # decoders raise errors of all types
         raise ValueError(f"Cannot read the video {name}: {type(error).__name__}: {error}") from error
 
@@ -147,6 +149,8 @@ class PyAVReader(VideoReader):
 
     def _open(self, file):
         self.container = av.open(file, "r")
+        if self.container.format.name.endswith("_pipe"):
+            raise ValueError("it is an image")
         if not self.container.streams.video:
             raise ValueError("it has no video stream")
         self.stream = self.container.streams.video[0]

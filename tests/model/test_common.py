@@ -437,11 +437,11 @@ def test_processor_kwargs(processor):
     nested = processor(
         **call,
         text_kwargs={"padding": "max_length", "max_length": 60, "padding_side": "right"},
-        images_kwargs={"do_normalize": False, "rescale_factor": -1.0},
+        images_kwargs={"do_normalize": False, "rescale_factor": 2.0},
     )
     assert torch.equal(nested["input_ids"], padded["input_ids"])
-    assert nested["pixel_values"].mean() < -1
-    flat = processor(**call, do_normalize=False, rescale_factor=-1.0)
+    assert nested["pixel_values"].mean() > 1
+    flat = processor(**call, do_normalize=False, rescale_factor=2.0)
     assert torch.equal(flat["pixel_values"], nested["pixel_values"])
     with_time = processor(**call, return_image_grid_thw=True)
     assert with_time["image_grid_thw"].tolist() == [[1, 4, 6]] * 2
