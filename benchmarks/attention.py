@@ -3,9 +3,9 @@ Attention alone: tiles over runs of keys, SDPA with a dense mask, and FlexAttent
 
     python benchmarks/attention.py [--tokens 1024 4096 16384 32768]
 
-Times of the tiles in seconds, the others as ratios to them, for prompts of large images and of small frames: 2 heads
-and one key/value head (queries and keys 256 wide, values 128), float32, one thread, the faster of two runs. Building
-the mask counts, compiling FlexAttention does not.
+Reports seconds for tiles, and the others' ratios to them, on prompts of large images and of small frames: 2 heads and
+one key/value head (queries and keys 256 wide, values 128), float32, one thread, the faster of two runs. Times include
+building the mask, but not compiling FlexAttention.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """
-Time and peak memory of converting a raw checkpoint of random bf16 weights, against copying its files.
+Time and peak memory of converting a raw checkpoint of random bf16 weights, compared with copying its files.
 
     python benchmarks/conversion.py [--layers 32] [--repeats 3]
 
-The default of 32 layers of NEO-2B's width is 4 GB. Peak memory is what a process needs beyond what
-importing neo_hf needs. Copy and conversion take turns; figures are medians.
+The default, 32 layers of NEO-2B's width, is 4 GB. Peak memory excludes what importing neo_hf needs. Copy and
+conversion alternate; times are medians.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from neo_hf.conversion.source import expected_shapes
 from neo_hf.conversion.weights import TensorInfo, write_shards
 from neo_hf.raw import neo_config_to_raw, neo_to_raw_name
 
-# The high-water mark of this process only: getrusage() starts from that of the parent.
+# The high-water mark of this process only; getrusage() would start from that of the parent.
 REPORT = "print(*(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
 TIME = "import sys, time; import neo_hf.conversion as c; start = time.perf_counter(); "
 CONVERT = TIME + "c.convert_raw_to_hub(*sys.argv[1:]); print(time.perf_counter() - start); "
 
 
 def run(script, *arguments):
-    """What a process printed, as numbers; last, its peak resident memory in GB."""
+    """The last number that a process printed, if any, and its peak resident memory in GB."""
     command = [sys.executable, "-c", script + REPORT, *arguments]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
     *lines, memory = output.strip().splitlines()

@@ -1,13 +1,13 @@
 """
-How fast NEO is: against its own eager path, against Qwen3-VL, and against the machine's rate of matrix products.
+Speed of NEO compared with its own eager path, with Qwen3-VL and with the machine's rate of matrix products.
 
     python benchmarks/speed.py [--append benchmarks/RESULTS.md]
 
-Random weights, a tenth of each model's depth (NEO-2B: 4 of 40 layers; Qwen3-VL-2B: 3 of 28 and 2 of 24 in its vision
-encoder, 1 of 3 taps of it), float32 on a CPU and bfloat16 on CUDA. What is compared takes turns within a round, and
-figures are medians. Both models turn 32 x 32 pixels into one token. Peak memory is measured in processes of its own.
-With `--append`, results are added to that file and a plot is written beside it. `--tiny` runs everything on a narrow
-model and short prompts, to see that it runs.
+Random weights, a tenth of each model's depth (NEO-2B: 4 of 40 layers; Qwen3-VL-2B: 3 of 28 layers, 2 of 24 in its
+vision encoder and 1 of 3 DeepStack taps), float32 on a CPU and bfloat16 on CUDA. Candidates alternate within a round,
+and figures are medians. Both models turn 32 x 32 pixels into one token. Peak memory is measured in separate processes.
+`--append` adds the results to a file and writes a plot beside it. `--tiny` is a smoke test on a narrow model and short
+prompts.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def neo_inputs(ids, grids):
 
 
 def qwen_inputs(ids, grids):
-    """The same images. A still image fills both places of a patch in time."""
+    """The same images. A still image fills both time steps of a patch."""
     return {
         "input_ids": ids,
         "pixel_values": torch.randn(int(grids.prod(-1).sum()), 2 * 768, device=DEVICE),
@@ -102,7 +102,7 @@ def qwen_inputs(ids, grids):
 
 
 def clock(function):
-    """Result of a call and its seconds."""
+    """The result of a call and its duration in seconds."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -113,7 +113,7 @@ def clock(function):
 
 
 def medians(functions, rounds):
-    """Median seconds of each of several functions, which take turns. The first round warms up and does not count."""
+    """Median seconds of each function. Functions alternate; the first round is a warm-up and does not count."""
     times = {name: [] for name in functions}
     for number in range(rounds + 1):
         for name, function in functions.items():
@@ -124,7 +124,7 @@ def medians(functions, rounds):
 
 
 def matrix_products(tiny=False):
-    """A call of so many floating-point operations: what a layer does to 1,024 tokens, without the rest of it."""
+    """A matrix product of 1,024 tokens, as in a layer's MLP, and its number of floating-point operations."""
     width, inner = (128, 256) if tiny else (2048, 6144)
     x, weight = (
         torch.randn(1024, width, device=DEVICE, dtype=DTYPE),
@@ -140,7 +140,7 @@ def patch_embedding_operations(model, patches):
 
 
 def prefill_operations(model, ids, grids):
-    """Floating-point operations that a prefill needs: of weights, and of attention where a query sees a key."""
+    """Floating-point operations of a prefill: for weights, and for attention to the keys that each query sees."""
     config = model.config.text_config
     layer = model.get_decoder().layers[0]
     linear = sum(weight.numel() for weight in layer.parameters() if weight.ndim == 2) * ids.shape[1]
@@ -175,7 +175,7 @@ def measure_first_token(tiny):
 
 @torch.no_grad()
 def measure_prefill(tiny):
-    """Prefill of images of 1,024 tokens, against the time that its operations take in matrix products."""
+    """Prefill of images of 1,024 tokens, compared with the time of its operations as matrix products."""
     side = 4 if tiny else 32
     results = {}
     for images, layers, rounds in ((1, 4, 3), (4, 4, 2), (16, 1, 1)):
@@ -200,7 +200,7 @@ def measure_prefill(tiny):
 
 @torch.no_grad()
 def measure_decoding(tiny, steps=10):
-    """Seconds of a step after so many cached tokens."""
+    """Seconds of a decoding step, by number of cached tokens."""
     neo, qwen = build_neo(4, tiny=tiny), build_qwen(tiny)
     token = torch.tensor([[9]], device=DEVICE)
     results = {}
@@ -257,7 +257,7 @@ def measure_patch_embedding(tiny):
 
 
 def measure_training(tiny):
-    """Real tokens per second, forward and backward, of documents of very unequal length."""
+    """Real tokens per second, forward and backward, for documents of very unequal length."""
     sizes = [32, 48, 64, 96, 128, 256, 512, 1024]
     text_config = NARROW | {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8192}
     model = build_neo(2, tiny=tiny, **({"vocab_size": 1024} if tiny else text_config)).train()
@@ -293,13 +293,13 @@ def status_megabytes(field):
 
 @torch.no_grad()
 def measure_memory_here(kind, images, layers, width, tiny):
-    """Megabytes at the peak of a prefill beyond what was in use before it: weights, inputs."""
+    """Peak megabytes of a prefill, beyond the weights and inputs in use before it."""
     side = 4 if tiny else 32
     if kind == "qwen":
         model, make = build_qwen(tiny), qwen_inputs
     else:
         model, make = build_neo(layers, kind, tiny, vocab_size=1024, **({} if tiny else width)), neo_inputs
-    first_token(model, make(*image_prompt(1, 2)))()  # loads what is loaded once
+    first_token(model, make(*image_prompt(1, 2)))()  # one-time loading
     inputs = make(*image_prompt(images, side))
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -307,13 +307,13 @@ def measure_memory_here(kind, images, layers, width, tiny):
         first_token(model, inputs)()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     before = status_megabytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     first_token(model, inputs)()
     return status_megabytes("VmHWM") - before
 
 
 def measure_memory(kind, images, layers=4, width=WIDTHS, tiny=False):
-    """`measure_memory_here` in a process of its own; None where the system does not tell."""
+    """`measure_memory_here` in its own process; `None` if the system does not report memory."""
     specification = json.dumps([kind, images, layers, width, tiny])
     run = subprocess.run([sys.executable, __file__, "--memory", specification], capture_output=True, text=True)
     if run.returncode:
@@ -336,7 +336,7 @@ def table(header, rows):
 
 
 def report(results):
-    """Markdown."""
+    """The results as Markdown."""
     parts = ["Time to first token and peak memory (beyond weights and inputs) against Qwen3-VL:\n"]
     rows = [
         [name, r["tokens"], f"{r['neo']:.2f} s", f"{r['qwen']:.2f} s", ratio(r["neo"], r["qwen"])]

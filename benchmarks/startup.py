@@ -1,12 +1,12 @@
 """
-Time of `import neo_hf` and of `neo-hf --help`, against importing torch and Transformers.
+Time of `import neo_hf` and of `neo-hf --help`, compared with importing torch and Transformers.
 
     python benchmarks/startup.py [--repeats 7]
 
-`import transformers` alone loads none of its classes, so there are three peers: torch with that; torch with the Auto
-classes, which everyone who uses a model imports; torch with a vision-language model of Transformers. Each runs in a
-process of its own, taking turns. Times are CPU seconds, which other programs disturb less than the clock; medians over
-the rounds, and of the ratios in each round.
+`import transformers` alone loads none of its classes, so there are three baselines: torch with that import; torch with
+the Auto classes, which every user of a model imports; torch with a vision-language model of Transformers. Each runs in
+its own process, in turn. Times are CPU seconds, which are less sensitive to other load than wall-clock time. Figures
+are medians over rounds; ratios are taken within each round.
 """
 
 import argparse

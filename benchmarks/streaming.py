@@ -1,13 +1,13 @@
 """
 Live video and long prompts, on random weights, in float32 on a CPU.
 
-1. Frames arrive one by one: `NeoStream` against computing the whole prompt anew at each frame, both without logits.
+1. Frames arrive one by one: `NeoStream` compared with recomputing the whole prompt at each frame, both without logits.
    Total seconds, seconds per frame as the video grows, peak memory of the process.
-2. Prefill of long prompts of frames: FlexAttention, which builds no L x L mask, against SDPA with the dense mask.
+2. Prefill of long prompts of frames: FlexAttention, which builds no L x L mask, compared with SDPA and a dense mask.
    Memory is what the prefill adds.
 
-Each measurement has a process of its own, so that peak memory is its own, and one thread. Seconds are those of the
-processor, so that other load on the machine does not count.
+Each measurement runs in its own process, so that peak memory is its own, on one thread. Seconds are CPU seconds, which
+exclude other load on the machine.
 """
 
 import argparse
@@ -21,7 +21,7 @@ FRAME_SIDE = 384  # pixels: 144 visual tokens
 
 
 def peak_megabytes() -> float:
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
@@ -40,7 +40,7 @@ def build_model(attn_implementation="sdpa", **text_config):
 
 
 def measure_stream(kind: str, num_frames: int) -> dict:
-    """Seconds per frame of `kind` "stream" or "recompute"."""
+    """Seconds per frame and peak memory for `kind` "stream" or "recompute"."""
     import numpy as np
     import torch
 
@@ -67,7 +67,7 @@ def measure_stream(kind: str, num_frames: int) -> dict:
         if kind == "stream":
             stream.add_frame(frame, number)
         else:
-            features.append(processor.video_processor([[frame]], return_tensors="pt"))  # each frame once, as there
+            features.append(processor.video_processor([[frame]], return_tensors="pt"))  # each frame once, as above
             lead = "" if number == 0 else "\n"
             image = processor.replace_image_token(features[number], 0)
             text += f"{lead}[{format_timestamp(number)}]:{image}"
@@ -81,7 +81,7 @@ def measure_stream(kind: str, num_frames: int) -> dict:
 
 
 def measure_prefill(attn_implementation: str, num_tokens: int) -> dict:
-    """Seconds of a prefill of frames of 64 visual tokens, `num_tokens` in all."""
+    """Seconds and memory of a prefill of `num_tokens` tokens, in frames of 64 visual tokens."""
     import torch
 
     model = build_model(
@@ -107,7 +107,7 @@ def measure_prefill(attn_implementation: str, num_tokens: int) -> dict:
         }
 
     with torch.no_grad():
-        # Twice, as FlexAttention compiles anew for the first other length, to serve all that follow.
+        # Twice, since FlexAttention recompiles at the second length, for all lengths that follow.
         for length in (1024, 2048):
             model(**inputs(length), logits_to_keep=1)
         before = peak_megabytes()

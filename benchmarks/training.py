@@ -1,11 +1,11 @@
 """
-Training on documents of very unequal length, packed against padded: useful tokens per second.
+Training on documents of very unequal length, packed or padded: useful tokens per second.
 
     python benchmarks/training.py [--documents 64] [--max-length 1024] [--repeats 3]
 
-Both train on the same documents of text, with the same number of tokens per batch at most: a padded batch is as many
-documents, in random order, as fit when padded to the longest. Ideal is what padding would reach if padding tokens cost
-nothing: its speed over the share of its tokens that are real. Packed and padded take turns; figures are medians.
+Both train on the same text documents, with the same maximum number of tokens per batch: a padded batch has as many
+documents, in random order, as fit when padded to the longest. The ideal is the speed of padding if padding tokens cost
+nothing: its speed divided by its share of real tokens. Packed and padded alternate; figures are medians.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from neo_hf.training import PackedCollator, PaddedCollator, fill_rows
 
 
 def make_documents(count: int, max_length: int) -> list[dict]:
-    """Lengths are spread evenly in their logarithm, from 16 tokens to a row."""
+    """Random documents whose lengths are log-uniform from 16 to `max_length` tokens."""
     generator = torch.Generator().manual_seed(0)
     lengths = (16 * (max_length / 16) ** torch.rand(count, generator=generator)).long().tolist()
     documents = [torch.randint(0, 4000, (length,), generator=generator) for length in lengths]

@@ -1,4 +1,4 @@
-"""A NEO in Hub format to the layout of the released checkpoints: `neo-hf export` as a script."""
+"""Convert a NEO in Hub format to the layout of the released checkpoints: `neo-hf export` as a script."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A raw checkpoint to a complete Hub repository: `neo-hf convert` as a script."""
+"""Convert a raw checkpoint to a complete Hub repository: `neo-hf convert` as a script."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A Qwen3 LLM to a NEO that is ready for pre-training: `neo-hf init` as a script."""
+"""Turn a Qwen3 LLM into a NEO that is ready for pre-training: `neo-hf init` as a script."""
 
 import sys
 

@@ -6,7 +6,7 @@ from neo_hf.publishing.model_card import load_release, released_config, render_m
 
 
 def render_released_cards() -> dict[str, str]:
-    """Each released checkpoint's card, by file name."""
+    """The card of each released checkpoint, by file name."""
     return {
         f"{Path(checkpoint).name}.md": str(render_model_card(released_config(checkpoint), checkpoint, checkpoint))
         for checkpoint in load_release()["checkpoints"]

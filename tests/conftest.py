@@ -20,8 +20,8 @@ from sklearn.datasets import load_sample_images
 from neo_hf import NeoImageProcessor, NeoProcessor
 from neo_hf.tokenization import load_qwen_package_tokenizer
 
-# --hypothesis-profile: each test tries its own number of examples in "ci", the default, and a multiple of it in the
-# others (helpers.num_examples). "fuzz" is what `make fuzz` repeats for ten minutes, "nightly" is 20 times "ci".
+# --hypothesis-profile: "ci", the default, tries each test's own number of examples, the others a multiple of it
+# (helpers.num_examples). `make fuzz` repeats "fuzz" for ten minutes; "nightly" tries 20 times as many as "ci".
 for profile, examples in (("ci", 100), ("fuzz", 400), ("nightly", 2000)):
     settings.register_profile(profile, max_examples=examples, deadline=None, print_blob=True)
 settings.load_profile("ci")
@@ -84,13 +84,13 @@ def real_vocabulary_model():
 
 @pytest.fixture(scope="module", params=["eager", "neo"])
 def model(request):
-    """A tiny random model under each implementation that runs everywhere."""
+    """A tiny random model with each attention implementation that runs everywhere."""
     return random_model(tiny_config(), attn_implementation=request.param)
 
 
 @pytest.fixture(scope="session")
 def hub_folder(tmp_path_factory, real_vocabulary_model, processor):
-    """Model and processor with the real vocabulary, saved side by side."""
+    """Model and processor with the real vocabulary, saved in one folder."""
     folder = tmp_path_factory.mktemp("hub") / "neo"
     real_vocabulary_model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -103,7 +103,7 @@ def server(hub_folder, tmp_path_factory):
     pytest.importorskip("openai")
     pytest.importorskip("fastapi")
     home = tmp_path_factory.mktemp("server")
-    (home / "hub").mkdir()  # without it, the list of models is an error
+    (home / "hub").mkdir()  # without it, listing models fails
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

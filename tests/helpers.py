@@ -1,4 +1,4 @@
-"""What tests share: tiny models, prompts without symmetry, recorded numbers."""
+"""Shared by tests: tiny models, prompts without symmetry, recorded numbers."""
 
 import os
 import subprocess
@@ -18,12 +18,12 @@ CASES = ["text_only", "one_image", "two_images", "adjacent_images", "video_4_fra
 
 
 def num_examples(in_ci):
-    """How many examples Hypothesis tries in the profile in use (conftest.py), where the profile "ci" tries `in_ci`."""
+    """Number of Hypothesis examples in the active profile (conftest.py), given the number in the profile "ci"."""
     return in_ci * settings().max_examples // 100
 
 
 def golden_case(golden, name):
-    """The inputs of a recorded case as arguments of `forward`, and what was recorded."""
+    """The inputs of a recorded case as arguments of `forward`, and its recorded values."""
     case = {key.split(".", 1)[1]: value for key, value in golden.items() if key.startswith(name + ".")}
     inputs = {"input_ids": case["input_ids"]}
     if "pixel_values" in case:
@@ -61,7 +61,7 @@ def tiny_config(vocab_size=512, head_dim=32, **kwargs):
 
 
 def random_model(config, seed=0, **kwargs):
-    """A model whose weights are all random, norms and biases as well, so that no part goes unnoticed."""
+    """A model with random weights, norms and biases included, so that an error in any part shows."""
     torch.manual_seed(seed)
     model = NeoForConditionalGeneration._from_config(config, **kwargs).eval()
     with torch.no_grad():
@@ -71,7 +71,7 @@ def random_model(config, seed=0, **kwargs):
 
 
 def random_prompt(generator, images, text=3):
-    """Token ids (L,) of text with images of the given token grids in between, and their patches and grids."""
+    """Token ids (L,) of text interleaved with images of the given token grids, and the images' patches and grids."""
     ids = torch.randint(0, 500, (text,), generator=generator).tolist()
     for rows, columns in images:
         ids += [IMAGE_START, *[IMAGE] * (rows * columns), IMAGE_END]
@@ -81,7 +81,7 @@ def random_prompt(generator, images, text=3):
 
 
 def batch(prompts, side="left"):
-    """Pad prompts of `random_prompt` into arguments of `forward`."""
+    """Pad prompts from `random_prompt` into arguments of `forward`."""
     length = max(len(ids) for ids, _, _ in prompts)
     input_ids = torch.zeros(len(prompts), length, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
@@ -103,13 +103,13 @@ def one(prompt):
 
 
 def image_message(*images, text="Hm?"):
-    """A user's turn with images (Pillow) and words."""
+    """A user's turn with images (Pillow) and text."""
     content = [{"type": "image", "image": image} for image in images]
     return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
 
 
 def greedy_answer(model, processor, messages, new_tokens=5, **kwargs):
-    """The words that `generate()` answers with."""
+    """The text that `generate()` answers with greedily."""
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **kwargs
     )
@@ -118,7 +118,7 @@ def greedy_answer(model, processor, messages, new_tokens=5, **kwargs):
 
 
 def dense_mask_oracle(row, length, left, packed):
-    """Which key each query sees (length, length), pair by pair, and which tokens of the row are attended."""
+    """Which keys each query sees (length, length), pair by pair; which tokens are attended; the document of each."""
     attended, document_of, image_of = [False] * left, [None] * left, [None] * left
     for document, ids in enumerate(row):
         image = None
@@ -135,7 +135,7 @@ def dense_mask_oracle(row, length, left, packed):
         for k in range(length):
             same_image = image_of[q] is not None and image_of[q] == image_of[k]
             sees[q, k] = attended[q] and attended[k] and document_of[q] == document_of[k] and (k <= q or same_image)
-    # Padding may carry the number of a document next to it.
+    # Padding may carry the number of an adjacent document.
     return sees, torch.tensor(attended), [d or 0 for d in document_of]
 
 

@@ -1,10 +1,10 @@
 """
-NEO's attention: who sees whom, which kernel computes it, and the kernels.
+NEO's attention: which keys each query sees, which kernel computes it, and the kernels.
 
-Text is causal, an image is bidirectional inside, and documents of a packed row are separate (NEO paper, section 3.1).
-So each query sees one run of keys, from the start of its document to itself or to the end of its image, and two
-numbers per query are the whole mask (`KeyRuns`). On a CPU, attention goes tile by tile over just the keys that a tile
-sees; on CUDA the runs become the blocks of FlexAttention; everything else gets a dense mask. All are exact.
+Attention is causal in text, bidirectional within an image and separate for the documents of a packed row (NEO paper,
+section 3.1). So each query sees one run of keys, from the start of its document to itself or to the end of its image,
+and two numbers per query define the mask (`KeyRuns`). On a CPU, attention is computed tile by tile, over only the keys
+that a tile sees; on CUDA, runs become blocks of FlexAttention; everything else uses a dense mask. All are exact.
 
 Shapes: B rows, L new tokens, S keys (cached ones included), A attention heads, K key/value heads, D width of queries
 and keys, V width of values.
@@ -33,12 +33,12 @@ from transformers.utils.import_utils import is_tracing
 
 logger = logging.get_logger(__name__)
 
-BLOCK_SIZE = 128  # of FlexAttention
-TILE_SIZE = 256  # queries of a tile: long enough for matrix products, short enough to waste little on its corners
-# On CUDA, shorter prompts use SDPA with a dense mask: compiling a kernel takes longer than all of them together.
+BLOCK_SIZE = 128  # queries and keys per block of FlexAttention
+TILE_SIZE = 256  # queries per tile: enough for efficient matrix products, few enough to compute few hidden scores
+# On CUDA, shorter prompts use SDPA with a dense mask: compiling a kernel would not pay off.
 MIN_FLEX_LENGTH = 1024
 
-# Bytes per block of threads of the consumer cards and their siblings (RTX 3090, 4090 and 5090, A10, L40S).
+# Shared memory per thread block, in bytes, of consumer cards and related ones (RTX 3090, 4090 and 5090, A10, L40S).
 SMALL_SHARED_MEMORY = 101_376
 MAX_FLEX_GRAPHS = 64
 
@@ -53,16 +53,16 @@ def plan_attention(
     dropout: float = 0.0,
 ) -> tuple[Callable, "torch.Tensor | KeyRuns | BlockMask | None"]:
     """
-    Choose how all layers of a forward attend; docs/design.md gives the choice as a table.
+    Choose the attention function and mask for all layers of a forward; docs/design.md has a table of the choices.
 
     Args:
-        config: `_attn_implementation` is "neo" (the fastest for what is at hand), "eager", "sdpa", "flex_attention" or
-            another one registered with transformers, which is used as it is.
-        inputs_embeds: (B, L, E), used for its dtype and device only.
-        attention_mask: (B, S), 0 on padding, or a finished mask in any form that the functions below take.
+        config: `_attn_implementation` is "neo" (the fastest for the inputs), "eager", "sdpa", "flex_attention" or
+            another one registered with transformers, which is used unchanged.
+        inputs_embeds: (B, L, E); only its dtype and device are used.
+        attention_mask: (B, S), 0 on padding, or a ready-made mask in any form that the functions below accept.
         position_ids: (3, B, L) T, H and W indices of the new tokens. Images lie wholly within the new tokens.
-        cache: the cache before the new tokens enter it.
-        document_ids: (B, L), equal on the tokens of one document of a packed row.
+        cache: the cache before the new tokens are added.
+        document_ids: (B, L), the same for all tokens of a document in a packed row.
         dropout: probability of attention dropout.
 
     Returns:
@@ -101,7 +101,7 @@ def plan_attention(
                 ~mask, torch.finfo(inputs_embeds.dtype).min
             )
         return eager_attention_forward, mask
-    # One mask for all heads; half-precision scores may exceed the range of float16.
+    # One mask for all heads, and no float16, whose range the scores may exceed.
     is_plain = mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
     if on_cpu and length == 1 and is_plain and not dropout and inputs_embeds.dtype != torch.float16:
         return attend_one_query, mask
@@ -120,7 +120,7 @@ def _can_compile(device: torch.device) -> bool:
 
 @cache
 def can_compile_kernels(device_type: str) -> bool:
-    """Whether FlexAttention can be compiled for a type of device. Uncompiled, it would make the L x S scores."""
+    """Whether FlexAttention can be compiled for a device type. Uncompiled, it would materialise the L x S scores."""
     names = [os.environ.get("CXX"), os.environ.get("CC"), "cc", "gcc", "clang"]
     has_compiler = any(shutil.which(name) for name in names if name)
     return has_compiler and (device_type == "cpu" or has_triton())
@@ -128,15 +128,15 @@ def can_compile_kernels(device_type: str) -> bool:
 
 class KeyRuns:
     """
-    A mask by which each query sees the keys at places [first, last) that are attended. Made once per forward and
-    shared by all layers.
+    A mask in which each query sees the attended keys at positions [first, last). Built once per forward and shared by
+    all layers.
 
     Args:
-        first, last: (B, L) int64. Neither falls along a row, and a query sees its own key. Padding, which sees
+        first, last: (B, L) int64. Neither decreases along a row, and a query sees its own key. Padding, which sees
             nothing, has (S, 0).
         num_keys: S.
-        attended: (B, S) boolean, `None` where all keys of all runs are attended.
-        is_causal: whether this is known to be the plain causal mask of as many queries as keys.
+        attended: (B, S) boolean, `None` if all keys of all runs are attended.
+        is_causal: whether this is known to be the plain causal mask, with as many queries as keys.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class KeyRuns:
         self._copies: dict[torch.device, KeyRuns] = {}
 
     def to(self, device, non_blocking: bool = False) -> "KeyRuns":
-        """As tensors do: layers on several devices are handed the mask like any other input. One copy per device."""
+        """Like `Tensor.to`, since layers on several devices receive the mask as an input. One copy per device."""
         device = torch.device(device)
         if self.first.device == device:
             return self
@@ -164,7 +164,7 @@ class KeyRuns:
 
     @property
     def is_gapless(self) -> bool:
-        """Whether runs alone are the mask, and their values may be looked at."""
+        """Whether the runs alone define the mask, and their values can be read."""
         return self.attended is None and not is_tracing(self.first)
 
     def dense(self) -> torch.Tensor:
@@ -176,8 +176,8 @@ class KeyRuns:
     @cached_property
     def tiles(self) -> list[tuple[int, int, int, int, int, torch.Tensor | None]]:
         """
-        Tiles of queries (row, start, end) and their keys (first, last); `hidden` (end - start, n) tells which of the
-        last n keys a query does not see. Tiles do not reach across documents and leave out padding.
+        Tiles of queries (row, start, end) and their keys (first, last); `hidden` (end - start, n) marks which of the
+        last n keys a query does not see. Tiles stay within a document and skip padding.
         """
         tiles = []
         for row, (first, last) in enumerate(zip(self.first.cpu(), self.last.cpu(), strict=True)):
@@ -197,8 +197,8 @@ class KeyRuns:
     @cached_property
     def block_mask(self) -> BlockMask:
         """
-        The mask of FlexAttention. It equals what `create_block_mask` finds by looking at each of the L x S pairs:
-        connected runs leave no gap between the first and the last block that a block of queries sees.
+        The mask for FlexAttention, equal to what `create_block_mask` finds by evaluating all L x S pairs: the runs of
+        adjacent queries touch, so there is no gap between the first and the last block that a block of queries sees.
         """
         first, last, num_keys, attended = self.first, self.last, self.num_keys, self.attended
         length = first.shape[1]
@@ -237,8 +237,8 @@ def mask_of_one_query(
     attention_mask: torch.Tensor | None, cache: Cache | None, device: torch.device
 ) -> torch.Tensor | None:
     """
-    The mask (B or 1, 1, 1, S) of a single new token per row, boolean, True where seen: what is attended of the cached
-    keys and its own. `None` where that is all keys.
+    Boolean mask (B or 1, 1, 1, S) of a single new token per row, True where it sees a key: the attended cached keys
+    and its own. `None` if it sees all keys.
 
     Args:
         attention_mask: (B, S), 0 on padding.
@@ -251,7 +251,7 @@ def mask_of_one_query(
     if not getattr(cache, "is_compileable", False):
         _check_length(attention_mask, 0 if cache is None else cache.get_seq_length(), 1)
         return None if attended is None else attended[:, None, None]
-    # The place of the query is a tensor, and keys have room to spare behind it.
+    # In a static cache, the query's position is a tensor, and unused places follow it.
     num_keys, _ = cache.get_mask_sizes(1, 0)  # type: ignore[union-attr]
     seen = torch.arange(num_keys, device=device) <= torch.as_tensor(cache.get_query_offset(0), device=device)  # type: ignore[union-attr]
     if attended is not None:
@@ -274,13 +274,13 @@ def find_key_runs(
     cache: Cache | None = None,
 ) -> KeyRuns:
     """
-    Which keys each new token sees, in time and memory that grow with the length.
+    Find which keys each new token sees, in time and memory linear in the length.
 
     Args:
         position_ids: (3, B, L) T, H and W indices of the new tokens.
         attention_mask: (B, S), 0 on padding.
-        document_ids: (B, L), equal on the tokens of one document of a packed row.
-        cache: the cache before the new tokens enter it.
+        document_ids: (B, L), the same for all tokens of a document in a packed row.
+        cache: the cache before the new tokens are added.
 
     Raises:
         ValueError: `attention_mask` does not cover the cached and the new tokens.
@@ -293,7 +293,7 @@ def find_key_runs(
         offset = cache.get_query_offset(0)  # a tensor for static caches
         offset = offset.to(temporal.device) if isinstance(offset, torch.Tensor) else offset
         num_keys, _ = cache.get_mask_sizes(length, 0)
-    places = torch.arange(length, device=temporal.device) + offset  # of the queries among the keys
+    places = torch.arange(length, device=temporal.device) + offset  # positions of the queries among the keys
 
     attended = is_padding = None
     if attention_mask is not None:
@@ -322,7 +322,7 @@ def find_key_runs(
     if document_ids is not None:  # padding is a document of its own
         return KeyRuns(first, last, num_keys)
 
-    # Everything that depends on values takes a single read from the device.
+    # Read everything that depends on values from the device at once.
     facts = [(images >= 0).any()]
     if attended is not None:
         start, count = attended.int().argmax(-1, keepdim=True), attended.sum(-1, keepdim=True)
@@ -341,8 +341,8 @@ def find_key_runs(
 
 class TiledAttention(torch.autograd.Function):
     """
-    Attention of each tile as two matrix products around a softmax, in float32 or wider. Nothing of the size L x S is
-    kept: the backward pass computes the weights of a tile anew.
+    Attention of each tile as two matrix products around a softmax, in float32 or wider. No L x S tensor is stored: the
+    backward pass recomputes each tile's weights.
     """
 
     @staticmethod
@@ -395,7 +395,7 @@ def _tiles_of_heads(runs: KeyRuns, heads: int):
 
 
 def _weights(query: torch.Tensor, key: torch.Tensor, scale: float, hidden: torch.Tensor | None) -> torch.Tensor:
-    """query (G, n, D), key (m, D), hidden (n, h): of the last h keys -> attention weights (G * n, m)."""
+    """query (G, n, D), key (m, D), hidden (n, h) for the last h keys -> attention weights (G * n, m)."""
     scores = (query.flatten(0, 1) * scale) @ key.T
     if hidden is not None:
         last = scores.view(*query.shape[:2], -1)[..., -hidden.shape[1] :]
@@ -404,24 +404,24 @@ def _weights(query: torch.Tensor, key: torch.Tensor, scale: float, hidden: torch
 
 
 def attend_by_tiles(module, query, key, value, attention_mask: KeyRuns, scaling: float, **kwargs):
-    """query (B, A, L, D), key (B, K, S, D), value (B, K, S, V) -> (B, L, A, V), `None`. So do the functions below."""
+    """query (B, A, L, D), key (B, K, S, D), value (B, K, S, V) -> (B, L, A, V), `None`; same shapes below."""
     return TiledAttention.apply(query, key, value, attention_mask, scaling), None
 
 
 def attend_by_blocks(module, query, key, value, attention_mask: KeyRuns | BlockMask, scaling: float, **kwargs):
-    """FlexAttention. `kernel_options`, as of `torch.nn.attention.flex_attention`, win over the table of cards."""
+    """FlexAttention. `kernel_options` (see `torch.nn.attention.flex_attention`) override those chosen for the card."""
     mask = attention_mask.block_mask if isinstance(attention_mask, KeyRuns) else attention_mask
     options = (find_kernel_options(query) or {}) | (kwargs.pop("kernel_options", None) or {})
     kwargs |= {"scaling": scaling, "kernel_options": options or None}
     if is_tracing(query):
         return flex_attention_forward(module, query, key, value, mask, **kwargs)[0], None
-    # A layout of heads takes up to five graphs. Where dynamo gave up compiling, it would make the L x S scores.
+    # A layout of heads takes up to five graphs. If dynamo gave up compiling, it would materialise the L x S scores.
     with torch._dynamo.config.patch(recompile_limit=MAX_FLEX_GRAPHS, fail_on_recompile_limit_hit=True):
         return flex_attention_forward(module, query, key, value, mask, **kwargs)[0], None
 
 
 def find_kernel_options(query: torch.Tensor) -> dict[str, int] | None:
-    """What to ask of FlexAttention for queries on their device; `None` for PyTorch's own choice."""
+    """Kernel options of FlexAttention for the queries' device; `None` for PyTorch's defaults."""
     if query.device.type != "cuda" or torch.version.cuda is None:
         return None
     properties = torch.cuda.get_device_properties(query.device)
@@ -430,14 +430,14 @@ def find_kernel_options(query: torch.Tensor) -> dict[str, int] | None:
 
 def kernel_options_of(dtype: torch.dtype, shared_memory: int) -> dict[str, int] | None:
     """
-    Options of FlexAttention by which its kernels fit the shared memory of a card.
+    Options of FlexAttention that make its kernels fit the shared memory of a card.
 
     Args:
-        dtype: of the queries.
-        shared_memory: bytes that a block of threads may have at most.
+        dtype: dtype of the queries.
+        shared_memory: maximum bytes per thread block.
 
     Returns:
-        `kernel_options`, `None` where PyTorch's own blocks, made for up to 160 KB, fit.
+        `kernel_options`; `None` if PyTorch's default blocks, made for up to 160 KB, fit.
     """
     if shared_memory > SMALL_SHARED_MEMORY:
         return None
@@ -451,25 +451,25 @@ def kernel_options_of(dtype: torch.dtype, shared_memory: int) -> dict[str, int] 
 def attend_one_query(module, query, key, value, attention_mask: torch.Tensor | None, scaling: float, **kwargs):
     """
     A single query, with an attention mask (B, 1, 1, S), True where seen. Reads keys and values once and in place; SDPA
-    on a CPU scales, widens and repeats them first.
+    on a CPU first scales, widens and repeats them.
     """
     query = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # (B, K, A / K, D)
     scores = (query * scaling) @ key.transpose(2, 3)
     if attention_mask is not None:
-        # Finite: a padded row that sees nothing yet would be NaN, and so would be all that it leaves in the cache.
+        # Finite: a padded row that sees no key yet would give NaN and leave NaN in the cache.
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     return (weights @ value).flatten(1, 2)[:, None], None
 
 
 def attend_by_sdpa(module, query, key, value, attention_mask: torch.Tensor | None, scaling: float, **kwargs):
-    """SDPA; an attention mask (B, 1 or A, L, S) is boolean, True where seen, or is added to the scores."""
+    """SDPA. `attention_mask` (B, 1 or A, L, S) is boolean, True where seen, or is added to the scores."""
     width = value.shape[-1]
-    if query.shape[2] > 1:  # its fast kernels want values as wide as keys; a single query is faster without the copy
+    if query.shape[2] > 1:  # its fast kernels need values as wide as keys; a single query is faster without the copy
         value = F.pad(value, (0, query.shape[-1] - width))
     output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return output[..., :width], None
 
 
-# Makes "neo" a name that transformers accepts. The model itself asks `plan_attention`.
+# Makes transformers accept the name "neo". The model itself calls `plan_attention`.
 ALL_ATTENTION_FUNCTIONS.register("neo", attend_by_sdpa)

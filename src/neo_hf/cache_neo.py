@@ -1,4 +1,4 @@
-"""A key/value cache that grows by copying only what is new."""
+"""A key/value cache that copies only new entries as it grows."""
 
 from .configuration_neo import NeoTextConfig
 
@@ -11,10 +11,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.import_utils import is_tracing
 
-# What generate() and outputs call the cache: `past_key_values`, and `cache` from transformers 5.24 on.
+# Name of the cache in generate() and in outputs: `past_key_values`, or `cache` since transformers 5.24.
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
-# Copies of a layer in several threads share buffers. On no layer, which must be copied and pickled.
+# Copies of a layer in several threads share buffers. Not an attribute of layers, which must be copied and pickled.
 _claiming = threading.Lock()
 
 
@@ -22,14 +22,14 @@ _claiming = threading.Lock()
 class _Buffers:
     keys: torch.Tensor  # (B, K, places, D)
     values: torch.Tensor
-    used: int = 0  # places that hold something, of this layer or of a copy of it
+    used: int = 0  # places filled by this layer or by a copy of it
 
 
 class GrowingLayer(DynamicLayer):
     """
-    A `DynamicLayer` whose tensors are views of buffers with room to spare, where it would copy all that is cached at
-    every step. What is cached never changes: layers that share buffers (`copy.copy`), or were cut back, move to
-    buffers of their own where the next place is taken.
+    A `DynamicLayer` whose tensors are views of buffers with spare room, so that steps do not copy the whole cache.
+    Cached entries never change: layers that share buffers (`copy.copy`) or were cropped move to buffers of their own
+    if the next place is taken.
     """
 
     keys: torch.Tensor
@@ -58,7 +58,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _claim(self, buffers: _Buffers, length: int, end: int) -> bool:
-        """Take places [length, end) for this layer, if they are free and follow what it holds."""
+        """Claim places [length, end) for this layer if they are free and follow its entries."""
         with _claiming:
             if not self._can_append(buffers, length, end):
                 return False
@@ -69,7 +69,7 @@ class GrowingLayer(DynamicLayer):
         return (
             buffers.used == length
             and end <= buffers.keys.shape[2]
-            # Reordered, repeated, selected or replaced tensors are no longer those of the buffers.
+            # Reordered, repeated, selected or replaced tensors are no longer views of the buffers.
             and self.keys.shape[:2] == buffers.keys.shape[:2]
             and self.keys.data_ptr() == buffers.keys.data_ptr()
             and self.values.data_ptr() == buffers.values.data_ptr()
@@ -85,9 +85,9 @@ class NeoCache(DynamicCache):
     """
     A `DynamicCache` of `GrowingLayer`s.
 
-    Set by the model, both `int64`; they follow when rows are moved, repeated or selected:
-    rope_deltas: (B, 1), what to add to a row's length for the next T index.
-    next_indices: (B, S), the T index that follows each token, -1 within an image. Read where the cache was cropped.
+    The model sets two `int64` tensors, which are updated when rows are moved, repeated or selected:
+    rope_deltas: (B, 1), the next T index of each row minus its length.
+    next_indices: (B, S), the T index that follows each token, -1 within an image. Used after the cache was cropped.
     """
 
     rope_deltas: torch.Tensor | None = None

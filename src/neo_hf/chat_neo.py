@@ -44,7 +44,7 @@ class NeoChatMixin(GenerationMixin):
             return_history: whether to also return the history with this turn appended.
             grid_hw: (N, 2) rows and columns of each image in patches.
             verbose: whether to print the question and the answer.
-            sanitize_control_tokens: whether special tokens in the question and in `history` are plain text, other than
+            sanitize_control_tokens: whether special tokens in the question and in `history` are plain text, except
                 those of boxes in answers. If not, they are control tokens, as in the released checkpoints.
 
         Returns:

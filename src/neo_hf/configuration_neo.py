@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import transformers
 from packaging.version import parse as parse_version
 
-# These files also travel alone, next to the weights on the Hub: the first of them to be imported says what it needs.
+# These files also ship alone, next to the weights on the Hub, so whichever is imported first checks the version.
 if not (5, 19) <= parse_version(transformers.__version__).release[:2] < (6,):
     raise ImportError(f"NEO needs transformers>=5.19,<6, but transformers {transformers.__version__} is installed.")
 
@@ -21,7 +21,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-# `transformers serve` and others ask these mappings of names what a class that they do not know can do.
+# `transformers serve` and other tools look up in these mappings what an unknown model class can do.
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
@@ -43,10 +43,10 @@ AUTO_MAP = {
 # The fields that hold the ids of `<IMG_CONTEXT>` (one per visual token), `<img>` and `</img>`, with the released ids.
 RELEASED_TOKEN_IDS = {"image_token_id": 151669, "image_start_token_id": 151670, "image_end_token_id": 151671}
 
-# The released configurations omit the depth of the pre-Buffer; it follows from that of the model (paper, Table 1).
+# The released configurations omit the depth of the pre-Buffer; it follows from the model's depth (paper, Table 1).
 PRE_BUFFER_LAYERS_BY_DEPTH = {40: 12, 42: 6}
 
-# Far beyond any model, so that a damaged or hostile file is refused before anything is built.
+# Far above any real model, so that a damaged or hostile file is refused before anything is built.
 LIMITS = {
     "vocab_size": 2**24,
     "hidden_size": 2**17,
@@ -74,7 +74,7 @@ def require(condition: bool, message: str):
 
 
 def require_within_limits(config: Any, *names: str):
-    """Raise a ValueError that names the first of these fields that is not positive, or larger than `LIMITS` allows."""
+    """Raise a ValueError naming the first of these fields that is not positive or exceeds its limit in `LIMITS`."""
     for name in names:
         value: Any = getattr(config, name)
         require(value > 0, f"{name} must be positive, got {value}.")
@@ -92,15 +92,15 @@ def _is_plain_rope(rope: Any) -> bool:
 
 class _RopeIsNeverScaled:
     """
-    Mixin that checks `rope_parameters` whenever they are set, on a built configuration too: rope scaling is refused,
-    not ignored. Entries nested by axis get a `rope_type` beside them, where some engines look for it.
+    Mixin that checks `rope_parameters` whenever they are set, also after construction: rope scaling is refused, not
+    ignored. If entries are nested by axis, a `rope_type` is added beside them, where some engines look for it.
     """
 
     rope_parameters: Any
-    _rope_type_labels: tuple[str, ...] = ()  # the keys that `rope_parameters` is nested under, for transformers too
+    _rope_type_labels: tuple[str, ...] = ()  # the axes that key `rope_parameters`; transformers reads them too
 
     def __setattr__(self, name: str, value: Any):
-        if name == "rope_parameters" and (value or self.rope_parameters):  # empty only while it is built
+        if name == "rope_parameters" and (value or self.rope_parameters):  # empty only during construction
             labels = self._rope_type_labels
             require(value is None or isinstance(value, dict), f"rope_parameters must be a dict, got {value!r:.200}.")
             value = {"rope_type": "default", **(value or {})}
@@ -121,12 +121,12 @@ class NeoTextConfig(_RopeIsNeverScaled, PreTrainedConfig):
     The decoder: Qwen3's fields, a pre-Buffer depth and one set of rotary parameters per axis.
 
     num_pre_buffer_layers (`int`, *optional*):
-        Layers `[0, num_pre_buffer_layers)` are the pre-Buffer, the rest the post-LLM. Where it is not given, it is
-        that of the released size of the same depth (12 of 40 layers, 6 of 42); at other depths it stays `None`,
-        unknown: the model runs all the same, but `pre_buffer` and `post_llm` ask for it.
+        Layers `[0, num_pre_buffer_layers)` are the pre-Buffer, the rest the post-LLM. Defaults to that of the
+        released size of the same depth (12 of 40 layers, 6 of 42); at other depths it is `None`, unknown: the model
+        still runs, but `pre_buffer` and `post_llm` raise an error.
     rope_parameters (`dict`, *optional*):
         `{"temporal": ..., "height": ..., "width": ...}`, each `{"rope_type": "default", "rope_theta": float}`. The
-        temporal axis turns `head_dim` channels, height and width `head_dim / 2` each (Native-RoPE). Any rope scaling
+        temporal axis rotates `head_dim` channels, height and width `head_dim / 2` each (Native-RoPE). Any rope scaling
         is refused.
     """
 
@@ -166,7 +166,7 @@ class NeoTextConfig(_RopeIsNeverScaled, PreTrainedConfig):
     use_cache: bool = True
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
-    rope_parameters: Any = None  # a dict once built
+    rope_parameters: Any = None  # a dict after construction
     num_pre_buffer_layers: int | None = None
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
@@ -224,14 +224,14 @@ class NeoTextConfig(_RopeIsNeverScaled, PreTrainedConfig):
 
     @property
     def qk_head_dim(self) -> int:
-        """Width of a head's queries and keys, [T, H, W]; values are `head_dim` wide. The name says so to caches."""
+        """Width of a head's queries and keys, [T, H, W]; values are `head_dim` wide. transformers reads this name."""
         return 2 * self.head_dim
 
 
 @strict
 class NeoVisionConfig(_RopeIsNeverScaled, PreTrainedConfig):
     r"""
-    The patch embedding, all there is between pixels and the decoder.
+    The patch embedding, the only module between pixels and the decoder.
 
     patch_size (`int`, *optional*, defaults to 16):
         Side of a patch in pixels.
@@ -240,7 +240,7 @@ class NeoVisionConfig(_RopeIsNeverScaled, PreTrainedConfig):
     hidden_size (`int`, *optional*, defaults to 1024):
         Width of a patch's features.
     min_pixels, max_pixels (`int`, *optional*, defaults to 65536 and 4194304):
-        Pixel budget of an image, the default of the image processor.
+        Pixel budget of an image; the image processor's default.
     rope_parameters (`dict`, *optional*):
         `{"rope_type": "default", "rope_theta": float}` of the two-dimensional rotary encoding of patch features.
     """
@@ -254,10 +254,10 @@ class NeoVisionConfig(_RopeIsNeverScaled, PreTrainedConfig):
     hidden_size: int = 1024
     min_pixels: int = 65536
     max_pixels: int = 4194304
-    rope_parameters: Any = None  # a dict once built
+    rope_parameters: Any = None  # a dict after construction
 
     def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)  # fills in rope_theta 10 000 where none is given
+        super().__post_init__(**kwargs)  # rope_theta defaults to 10,000
         require_within_limits(self, "patch_size", "spatial_merge_size", "num_channels")
         require(
             self.hidden_size > 0 and self.hidden_size % 4 == 0,
@@ -283,12 +283,12 @@ class NeoConfig(PreTrainedConfig):
     image_token_id, image_start_token_id, image_end_token_id (`int`, *optional*, defaults to 151669, 151670, 151671):
         Ids of `<IMG_CONTEXT>` (one per visual token), `<img>` and `</img>`. `None`: unknown, text only.
     tie_word_embeddings (`bool`, *optional*):
-        Whether the output head is the input embedding. Defaults to `text_config`'s value.
+        Whether the output head shares the weights of the input embedding. Defaults to `text_config`'s value.
     """
 
     model_type = "neo"
     sub_configs = {"text_config": NeoTextConfig, "vision_config": NeoVisionConfig}
-    # Readers of other layouts: `model_type` of a `config.json` -> function from its dict to the fields of this class.
+    # Readers of other layouts: `model_type` of a `config.json` -> function from its dict to this class's fields.
     readers: ClassVar[dict[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {}
     keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states"]
 

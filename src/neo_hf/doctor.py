@@ -1,4 +1,4 @@
-"""What is installed, whether it is in the range that was tested, and whether NEO gives right answers on it."""
+"""Report what is installed, whether these versions were tested, and whether NEO gives correct answers with them."""
 
 from ._version import __version__
 from .attention_neo import can_compile_kernels
@@ -14,15 +14,15 @@ from importlib import metadata
 import torch
 from packaging.version import parse as parse_version
 
-# The oldest and the newest version tested, as far as they are compared; docs/compatibility.md has the dates.
+# The oldest and newest tested versions, with the parts that are compared; docs/compatibility.md has the dates.
 TESTED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "python": ((3, 11), (3, 13)),
     "torch": ((2, 8), (2, 14)),
     "transformers": ((5, 19), NEWEST_TESTED),
 }
-# Present in any installation; reported, as they are what to quote with a question.
+# Present in any installation; listed because a bug report should quote them.
 REQUIRED = ("tokenizers", "huggingface_hub", "safetensors", "pillow", "numpy")
-# Optional parts, and what does not work without them.
+# Optional packages and their purpose.
 OPTIONAL = {
     "av": "reads video; without it, decord does",
     "decord": "reads video if PyAV is not installed",
@@ -37,7 +37,7 @@ OPTIONAL = {
 
 
 def installed_version(name: str) -> str | None:
-    """Version of Python or of an installed distribution, `None` where it is not installed."""
+    """Version of Python or of an installed distribution, `None` if it is not installed."""
     if name == "python":
         return platform.python_version()
     try:
@@ -47,7 +47,7 @@ def installed_version(name: str) -> str | None:
 
 
 def range_note(name: str, version: str) -> str:
-    """Whether a version lies in the tested range, and what it means where it does not."""
+    """Whether a version is in the tested range, and what to do if it is not."""
     oldest, newest = TESTED[name]
     text = ".".join(map(str, oldest))
     text += f" to {'.'.join(map(str, newest))}" if newest != oldest else ""
@@ -60,7 +60,7 @@ def range_note(name: str, version: str) -> str:
 
 
 def versions() -> Iterator[str]:
-    """Lines on what is installed and what is missing."""
+    """Lines about what is installed and what is missing."""
     yield f"{'neo-hf':<18}{__version__}"
     for name in TESTED:
         version = installed_version(name) or "unknown"
@@ -79,7 +79,7 @@ def devices() -> list[str]:
 
 
 def device_lines() -> Iterator[str]:
-    """Lines on devices and on kernels that compile."""
+    """Lines about devices and about kernels that compile."""
     yield f"{'cpu':<18}{platform.machine()}, {torch.get_num_threads()} threads"
     for device in devices()[1:]:
         gpu = torch.cuda.get_device_properties(device)

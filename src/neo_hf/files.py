@@ -1,4 +1,4 @@
-"""Files of checkpoints that anyone may have written: what is wrong with one is said with its name."""
+"""Read files of untrusted checkpoints; errors name the file."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Any
 
 def require_file(file: Path):
     """
-    Check that a file is there, and no folder, pipe or device.
+    Check that a file exists and is not a folder, pipe or device.
 
     Raises:
-        ValueError: It is not.
+        ValueError: It is missing or not a file.
     """
     if not file.is_file():
         raise ValueError(f"{file} is not a file." if file.exists() else f"{file} is missing.")

@@ -1,7 +1,7 @@
-"""What `generate()` needs to know of NEO.
+"""What `generate()` needs to know about NEO.
 
-`generate()` carries T, H and W indices (3, B, L) along and adds 1 to all of them per new token; the mask is read off
-them. Nothing about a sequence is kept on the model.
+`generate()` carries T, H and W indices (3, B, L) along and adds 1 to all three per new token; the mask is derived from
+them. No state of a sequence is stored on the model.
 """
 
 from .attention_neo import mask_of_one_query
@@ -18,7 +18,7 @@ from transformers.generation import GenerationMixin
 
 
 class NeoGenerationMixin(GenerationMixin):
-    """`GenerationMixin` for a model with three-dimensional indices and images that are bidirectional inside."""
+    """`GenerationMixin` for a model with three-dimensional indices and bidirectional attention within images."""
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
         input_ids = model_kwargs.get("input_ids")
@@ -31,7 +31,7 @@ class NeoGenerationMixin(GenerationMixin):
         past_length = int(cache.get_seq_length()) if cache is not None else 0
         length = token_ids.shape[1]
         if past_length and attention_mask is not None and attention_mask.shape[1] == past_length + length:
-            # Only the new tokens were given. The indices of the cached ones are never looked at again.
+            # Only the new tokens were given. The indices of the cached ones are never read again.
             new = self.model.get_position_ids(token_ids, grid_hw, attention_mask, cache)
             return F.pad(new, (past_length, 0))
 
@@ -43,7 +43,7 @@ class NeoGenerationMixin(GenerationMixin):
         )
         is_image = token_ids == self._image_token_id
         if past_length and not _covers(grid_hw, is_image, self.config.vision_config.spatial_merge_size):
-            # The whole conversation with only its new images: those in the cache need no grid.
+            # The whole conversation, but only its new images: those in the cache need no grid.
             is_image[:, :past_length] = False
         hw = spatial_index(is_image, grid_hw, self.config.vision_config.spatial_merge_size)
         return torch.cat([t[None], hw])
@@ -51,14 +51,14 @@ class NeoGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, *, inputs_embeds=None, is_first_iteration=False, mm_token_type_ids=None, **kwargs
     ):
-        # mm_token_type_ids: what processors return for other models; NEO tells visual tokens by their ids.
+        # mm_token_type_ids: returned by processors for other models; NEO recognises visual tokens by their ids.
         position_ids = kwargs.get("position_ids")
         if position_ids is not None and not (is_first_iteration and inputs_embeds is not None):
-            # Each step adds 1 to all three indices, but what is not a visual token has no place in an image.
+            # Each step adds 1 to all three indices, but only visual tokens have H and W indices other than 0.
             tokens = input_ids[:, -position_ids.shape[-1] :]
             is_text = F.pad(tokens != self._image_token_id, (position_ids.shape[-1] - tokens.shape[1], 0))
             if not is_first_iteration and kwargs.get("use_cache", True):
-                is_text = torch.ones_like(is_text)  # all that is not cached was generated
+                is_text = torch.ones_like(is_text)  # everything not cached was generated
             keep = torch.stack([torch.zeros_like(is_text), is_text, is_text])
             kwargs["position_ids"] = position_ids.masked_fill(keep, 0)
         return super().prepare_inputs_for_generation(
@@ -67,9 +67,9 @@ class NeoGenerationMixin(GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, position_ids=None, **kwargs):
-        """The 4-D mask of a step with a static cache, made outside of the compiled forward."""
+        """The 4-D mask of a step with a static cache, built outside the compiled forward."""
         if inputs_embeds.shape[1] > 1:
-            return attention_mask  # a prefill is not compiled: forward() makes the mask
+            return attention_mask  # a prefill is not compiled: forward() builds the mask
         return mask_of_one_query(attention_mask, kwargs[CACHE_NAME], inputs_embeds.device)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
@@ -81,8 +81,8 @@ class NeoGenerationMixin(GenerationMixin):
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         """
-        Gives each chunk of `prefill_chunk_size` its images, which transformers does from 5.23 on only, and leaves out
-        images that are cached already.
+        Give each chunk of `prefill_chunk_size` tokens its images, which transformers only does since 5.23, and leave
+        out images that are already cached.
         """
         length, cache = input_ids.shape[1], model_kwargs.get(CACHE_NAME)
         past_length = int(cache.get_seq_length()) if cache is not None else 0
@@ -136,13 +136,13 @@ def _features_of_columns(features, is_image: torch.Tensor, num_cached: int, colu
         covered = is_image.clone()
         covered[:, :num_cached] = False
     wanted[:, columns] = True
-    if visual.shape[0] == int(covered.sum()):  # else forward() says what does not match
+    if visual.shape[0] == int(covered.sum()):  # otherwise forward() reports the mismatch
         visual = visual[wanted[covered].to(visual.device)]
     return type(features)(pooler_output=(visual,))
 
 
 def _refuse_split_images(is_image: torch.Tensor, chunk_size: int):
-    """An image's tokens see each other: its keys must all be there when the first of them is computed."""
+    """An image's tokens see each other: all of its keys are needed when the first of them is computed."""
     for end in range(chunk_size, is_image.shape[1], chunk_size):
         split = is_image[:, end - 1] & is_image[:, end]  # <img> stands between two images
         if split.any():

@@ -1,4 +1,4 @@
-"""Images to normalised patches, bit for bit as in training of the released checkpoints. Pillow, no torchvision."""
+"""Images to normalised patches, bit for bit as in the released checkpoints' training. Uses Pillow, not torchvision."""
 
 from .configuration_neo import NeoConfig  # noqa: F401  (imported first: it refuses an unsupported transformers)
 
@@ -31,7 +31,7 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 logger = logging.get_logger(__name__)
 
 MAX_ASPECT_RATIO = 200
-# Frames sampled per second of video. No camera that a model of language learns from is faster.
+# Frames sampled per second of video. Ordinary cameras are not faster.
 MAX_FPS = 1000
 
 BUDGETS = ("min_pixels", "max_pixels")
@@ -60,10 +60,10 @@ class NeoImageProcessorKwargs(ImagesKwargs, total=False):
 
 def check_settings(settings: Mapping[str, Any]):
     """
-    Check the numbers among the settings of an image or video processor; `None` is left to whoever needs a value.
+    Check the numeric settings of an image or video processor. `None` passes; code that requires a value checks that.
 
     Raises:
-        ValueError: if one is not a number, not finite or out of range; names the setting and quotes the value.
+        ValueError: if a setting is not a number, not finite or out of range; names the setting and quotes the value.
     """
     for name in (*BUDGETS, *COUNTS):
         value: Any = settings.get(name)
@@ -95,8 +95,8 @@ def check_settings(settings: Mapping[str, Any]):
 
 def check_names(settings: Mapping[str, Any], known: Iterable[str], strict: bool = True):
     """
-    Raise a `ValueError` if a setting is unknown, with the closest known name. If not `strict`, only if there is one:
-    other names may be meant for a chat template.
+    Raise a `ValueError` if a setting is unknown, quoting the closest known name. If not `strict`, raise only if there
+    is a close name: others may be meant for a chat template.
     """
     known = sorted(known)
     for name, value in settings.items():
@@ -107,7 +107,7 @@ def check_names(settings: Mapping[str, Any], known: Iterable[str], strict: bool 
 
 
 def _is_number(value, kind: type = Real) -> bool:
-    """Whether `value` is a finite number of this kind. Booleans are no numbers."""
+    """Whether `value` is a finite number of this kind. Booleans do not count as numbers."""
     return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)  # type: ignore[arg-type]
 
 
@@ -152,7 +152,7 @@ def fetch(source: str | os.PathLike) -> str | io.BytesIO:
     Download an http(s) URL or decode a `data:` URI into memory; any other source is a path and returned as is.
 
     Raises:
-        ValueError: if the path is a folder, pipe or device, which may never end.
+        ValueError: if the path is a folder, or a pipe or device, which may never end.
     """
     source = os.fspath(source)
     if source.startswith(("http://", "https://")):
@@ -178,7 +178,7 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
     within 0..255 and are rounded, booleans become 0 and 255.
 
     Raises:
-        ValueError: if they are no real numbers, not finite or out of range; quotes dtype and range.
+        ValueError: if they are not real numbers, not finite or out of range; quotes dtype and range.
     """
     if pixels.dtype == np.uint8 or not pixels.size:
         return pixels.astype(np.uint8)
@@ -198,7 +198,7 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
 
 
 def tensor_to_array(pixels: torch.Tensor) -> np.ndarray:
-    """A tensor as an array, wherever it is and whether or not it needs a gradient; bfloat16 becomes float32."""
+    """Convert a tensor on any device, with or without gradient, to an array; bfloat16 becomes float32."""
     pixels = pixels.detach().cpu()
     return (pixels.float() if pixels.dtype == torch.bfloat16 else pixels).numpy()
 
@@ -213,7 +213,7 @@ def load_image(source: str | os.PathLike | bytes) -> Image.Image:
     """
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else fetch(source)
-        if isinstance(file, str) and len(file) >= 200 and not os.path.exists(file):  # no image has a shorter base64
+        if isinstance(file, str) and len(file) >= 200 and not os.path.exists(file):  # no image is shorter in base64
             file = io.BytesIO(base64.b64decode(file))
         with Image.open(file) as image:
             image.load()
@@ -414,7 +414,7 @@ def shared_budget(max_pixels: int, min_pixels: int, count: int) -> int:
 
 
 def _warn_of_lost_values(image: Image.Image):
-    """Warn if the conversion of a mode of more than 8 bits to RGB, which clips and truncates, loses what it shows."""
+    """Warn if converting an image of more than 8 bits to RGB, which clips and truncates, loses its content."""
     pixels = np.asarray(image)
     if not pixels.size:
         return

@@ -1,4 +1,4 @@
-"""Where each token stands: the three-dimensional indices of NEO and the images that they imply.
+"""NEO's three-dimensional token indices, and the images that they imply.
 
 Pure functions on integer tensors, without loops over tokens or images, shared by processor, model and collators.
 Shapes: B rows, L tokens, N images (or video frames), P patches. A visual token folds `spatial_merge_size` x
@@ -29,7 +29,7 @@ def temporal_index(
         input_ids: (B, L) token ids.
         image_token_id, image_start_token_id: ids of `<IMG_CONTEXT>` and `<img>`.
         attention_mask: (B, L), 0 on padding. Padding gets index 0 and does not count.
-        document_ids: (B, L), equal on the tokens of one document, which stand together. Each document counts anew.
+        document_ids: (B, L), the same for all tokens of a document, which are contiguous. T restarts at each document.
 
     Returns:
         (B, L) int64.
@@ -59,10 +59,10 @@ def spatial_index(
     Row and column of each visual token in the token grid of its image, 0 for all other tokens.
 
     Args:
-        is_image: boolean, any shape; True on visual tokens. In row-major order they fill image after image.
-        grid_hw: (N, 2) (rows, columns) of each image in patches; may be None where there is no visual token.
+        is_image: boolean, any shape; True on visual tokens, which in row-major order fill one image after another.
+        grid_hw: (N, 2) (rows, columns) of each image in patches; may be `None` if there are no visual tokens.
         merge_size: patches along each side of a visual token.
-        num_image_tokens: the number of visual tokens, where it is known.
+        num_image_tokens: the number of visual tokens, if known.
 
     Returns:
         (2, *is_image.shape) int64: (row, column).
@@ -92,14 +92,14 @@ def spatial_index(
 
 def place_in_grids(rank: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Find the cells of grids that are laid out one after another, row by row.
+    Locate cells of grids that are laid out one after another, row by row.
 
     Args:
-        rank: numbers of cells, any shape.
+        rank: cell numbers, any shape.
         grid: (N, 2) (rows, columns) of each grid.
 
     Returns:
-        Number of the grid, row and column of each cell, shaped as `rank`.
+        Grid number, row and column of each cell, each shaped like `rank`.
     """
     sizes = grid.prod(-1)
     ends = sizes.cumsum(0)
@@ -144,19 +144,19 @@ def allocate_position_ids(
 
     Args:
         input_ids: (B, L) token ids.
-        image_grid_hw: (N, 2) (rows, columns) in patches of the images, in prompt order, row after row of the batch.
+        image_grid_hw: (N, 2) (rows, columns) in patches of the images, in prompt order, one batch row after another.
         image_token_id, image_start_token_id: ids of `<IMG_CONTEXT>` and `<img>`.
         spatial_merge_size: patches along each side of a visual token.
         attention_mask: (B, L), 0 on padding, whose indices are 0.
-        document_ids: (B, L), equal on the tokens of one document of a packed row; T starts anew with each.
-        num_image_tokens: the number of image tokens, where it is known: it spares counting them on the device.
+        document_ids: (B, L), the same for all tokens of a document in a packed row; T restarts at each.
+        num_image_tokens: the number of image tokens, if known, which saves counting them on the device.
 
     Returns:
         (3, B, L) int64: T, H, W.
 
     Raises:
         ValueError: images and image tokens do not match in number, a grid does not fold into visual tokens, or
-            `attention_mask` or `document_ids` has another shape than `input_ids`.
+            `attention_mask` or `document_ids` does not have the shape of `input_ids`.
     """
     for name, tensor in (("attention_mask", attention_mask), ("document_ids", document_ids)):
         if tensor is not None and tensor.shape != input_ids.shape:
@@ -181,14 +181,14 @@ def document_starts(document_ids: torch.Tensor) -> torch.Tensor:
 
 def image_ids(temporal: torch.Tensor, document_ids: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Which image each token belongs to, read off the T indices: only the visual tokens of one image share one.
+    Find the image of each token from the T indices: only visual tokens of the same image share a T index.
 
     Args:
         temporal: (B, L) T indices.
-        document_ids: (B, L), equal on the tokens of one document of a packed row.
+        document_ids: (B, L), the same for all tokens of a document in a packed row.
 
     Returns:
-        (B, L) int64: a number that is unique within the row, or -1 on tokens that stand alone.
+        (B, L) int64: an image number, unique within the row, or -1 for tokens that share their T index with no other.
     """
     joined = temporal[:, 1:] == temporal[:, :-1]
     if document_ids is not None:
@@ -200,10 +200,10 @@ def image_ids(temporal: torch.Tensor, document_ids: torch.Tensor | None = None) 
 
 def without_time(grid_hw: torch.Tensor | None, grid_thw: torch.Tensor | None) -> torch.Tensor | None:
     """
-    Grids (N, 2), also where they are given as (N, 3), (1, rows, columns), as clients of other models carry them.
+    Grids (N, 2), converted if given as (N, 3) grids of (1, rows, columns), as clients of other models pass them.
 
     Raises:
-        ValueError: one has several times; frames of a video are images of their own.
+        ValueError: a grid spans several time steps; the frames of a video are separate images.
     """
     if grid_thw is None:
         return grid_hw

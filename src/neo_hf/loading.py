@@ -14,13 +14,13 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download,
 from transformers import PreTrainedConfig
 
 NANO = Path(__file__).parent / "nano"  # the model that comes with the package
-EXAMPLE_IMAGE = NANO / "scene.png"  # and something for it to look at
+EXAMPLE_IMAGE = NANO / "scene.png"  # a sample image for it
 
 
 def check_available(name_or_path: str | os.PathLike):
     """
-    Check that a model is a folder, in the cache or on the Hub. This sends at most one request; transformers retries
-    for half a minute.
+    Check that a model is a folder, in the cache or on the Hub. This sends at most one request; transformers would
+    retry for half a minute.
 
     Raises:
         ValueError: there is no such model, or the Hub cannot be reached.
@@ -31,7 +31,7 @@ def check_available(name_or_path: str | os.PathLike):
         if isinstance(try_to_load_from_cache(str(name_or_path), "config.json"), str):
             return
         get_hf_file_metadata(hf_hub_url(str(name_or_path), "config.json"))
-    except Exception as error:  # malformed ids, refusals, and whatever the HTTP library raises without a network
+    except Exception as error:  # malformed ids, HTTP errors, and whatever the HTTP library raises offline
         raise ValueError(
             f"{str(name_or_path)!r} is neither a folder nor a cached model, and could not be found on the Hub: {error}"
         ) from error
@@ -45,7 +45,7 @@ def is_raw(name_or_path: str | os.PathLike) -> bool:
 
 
 def default_image_processor(config: NeoConfig) -> NeoImageProcessor:
-    """Image processor with the patch size and pixel budget of a configuration."""
+    """Image processor with the patch size and pixel budget from a configuration."""
     names = ("patch_size", "spatial_merge_size", "min_pixels", "max_pixels")
     return NeoImageProcessor(**{name: getattr(config.vision_config, name) for name in names})
 
@@ -90,7 +90,7 @@ def load_model_and_processor(
     processor = load_processor(name_or_path)
     model = NeoForConditionalGeneration.from_pretrained(name_or_path, **kwargs).eval()
     for name in RELEASED_TOKEN_IDS:
-        # Raw configurations leave them to the tokenizer.
+        # Raw configurations leave these ids to the tokenizer.
         setattr(model.config, name, getattr(processor, name))
     return model, processor
 
@@ -98,6 +98,6 @@ def load_model_and_processor(
 def load_nano() -> tuple[NeoForConditionalGeneration, NeoProcessor]:
     """
     Load NEO-nano and its processor, in float32. The model has 1.46 million parameters, comes with the package and
-    knows drawn shapes and digits (see `nano/README.md`); `EXAMPLE_IMAGE` is a scene to show it.
+    recognises drawn shapes and digits (see `nano/README.md`); `EXAMPLE_IMAGE` is a scene to show it.
     """
     return load_model_and_processor(NANO)

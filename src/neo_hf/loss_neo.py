@@ -1,7 +1,7 @@
-"""The training loss: weighted cross entropy of the next token, where that is text of the same document.
+"""The training loss: weighted cross entropy of the next token, if it is text in the same document.
 
-Shapes: B rows, L tokens, E hidden size. Weights and normalisation as in training the released models
-("token", "square", "sample": which weights a token gets is the collator's business).
+Shapes: B rows, L tokens, E hidden size. Weighting and normalisation are as in the training of the released models; the
+collator chooses the weights ("token", "square" or "sample").
 """
 
 from .configuration_neo import NeoConfig  # noqa: F401  (imported first: it refuses an unsupported transformers)
@@ -24,20 +24,21 @@ def next_token_targets(
     document_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    What each token is to predict. Pixels, padding and the first tokens of rows and documents are predicted by nobody.
+    The target of each token. Visual tokens, padding and the first tokens of rows and documents are never targets.
 
     Args:
-        labels: (B, L) token ids, -100 where a token is not to be predicted.
+        labels: (B, L) token ids, -100 to ignore.
         image_token_id: id of `<IMG_CONTEXT>`.
-        loss_weight: (B, L), the weight of predicting each token, aligned with `labels`; 1 where not given.
-        attention_mask: (B, S), 0 on padding, cached tokens included. One of another rank says nothing of padding.
-        document_ids: (B, L), equal on the tokens of one document of a packed row.
+        loss_weight: (B, L), the weight of each label; 1 by default.
+        attention_mask: (B, S), 0 on padding, cached tokens included. Masks of another rank are ignored.
+        document_ids: (B, L), the same for all tokens of a document in a packed row.
 
     Returns:
-        Targets (B, L) int64, the token after each or -100, and their weights (B, L) float32, 0 there.
+        Targets (B, L) int64, the token after each or -100, and their weights (B, L) float32, 0 where it
+            is -100.
 
     Raises:
-        ValueError: `loss_weight` has another shape than `labels`.
+        ValueError: `loss_weight` does not have the shape of `labels`.
     """
     if loss_weight is not None and loss_weight.shape != labels.shape:
         raise ValueError(
@@ -57,7 +58,7 @@ def next_token_targets(
 
 
 def target_weights(targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """`weights` of `targets` (both (B, L)) as float32, 1 where not given, 0 where the target is -100."""
+    """`weights` of `targets` (both (B, L)) as float32, 1 by default, 0 where the target is -100."""
     counted = targets != IGNORE_INDEX
     return counted.float() if weights is None else weights.float().masked_fill(~counted, 0)
 
@@ -72,18 +73,18 @@ def weighted_cross_entropy(
     **kwargs,
 ) -> torch.Tensor:
     """
-    sum(weight * cross entropy) / sum(weight), in float32; called as the losses of transformers are.
+    sum(weight * cross entropy) / sum(weight), in float32, with the signature of transformers' losses.
 
     Args:
         logits: (..., vocabulary).
-        labels: (..., L), to be shifted by one, where there are no `shift_labels`.
-        num_items_in_batch: divide by this in place of this batch's own sum of weights: the sum over all batches and
-            processes of a step, so that each token counts alike in whichever of them it is.
+        labels: (..., L), shifted by one in here; used if there are no `shift_labels`.
+        num_items_in_batch: divisor instead of this batch's sum of weights: the sum over all batches and processes of
+            a step, so that each token counts equally.
         shift_labels: (...,) the target of each position, -100 where there is none.
-        loss_weight: (...,) aligned with `shift_labels`; 1 where not given.
+        loss_weight: (...,) aligned with `shift_labels`; 1 by default.
 
     Returns:
-        Scalar; 0, with a gradient of 0, where no token has a target.
+        Scalar; 0, with a gradient of 0, if no token has a target.
     """
     if shift_labels is None:
         assert labels is not None
@@ -98,9 +99,9 @@ def weighted_cross_entropy(
 
 
 class NeoOutputHead(nn.Linear):
-    """Hidden states to logits, or straight to the loss: then only the logits of a few tokens exist at a time."""
+    """Hidden states to logits, or directly to the loss, with the logits of only a few tokens in memory at a time."""
 
-    # About 1.2 GB in float32 with 151,936 words, backward pass included.
+    # About 1.2 GB in float32 with a vocabulary of 151,936, backward pass included.
     chunk_tokens = 512
 
     def forward(
@@ -112,14 +113,14 @@ class NeoOutputHead(nn.Linear):
     ) -> torch.Tensor:
         """
         Args:
-            hidden_states: (..., E), or (tokens, E) where there are targets.
+            hidden_states: (..., E), or (tokens, E) with targets.
             targets: (tokens,) the target of each token.
             loss_weight: (tokens,) their weights.
-            num_items_in_batch: what to divide the loss by.
+            num_items_in_batch: divisor of the loss.
 
         Returns:
-            Logits (..., vocabulary); or with targets the loss, a scalar, in one call of this module: FSDP and ZeRO
-            gather its weights for a call, and expect the same calls from all processes.
+            Logits (..., vocabulary), or with targets the scalar loss, also in one call of this module: FSDP and ZeRO
+            gather its weights per call, and expect the same calls from all processes.
         """
         if targets is None or loss_weight is None:
             return super().forward(hidden_states)
@@ -130,7 +131,7 @@ class NeoOutputHead(nn.Linear):
                 logits, None, logits.shape[-1], num_items_in_batch, shift_labels=targets, loss_weight=loss_weight
             )
 
-        # Without tokens there is one empty chunk, which has a gradient.
+        # Without tokens there is one empty chunk, so that the loss has a gradient.
         chunks = zip(*(x.split(self.chunk_tokens) for x in (hidden_states, targets, loss_weight)), strict=True)
         return torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 

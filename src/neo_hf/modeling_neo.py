@@ -5,10 +5,10 @@ How it differs from Qwen3 (sections of the NEO paper):
    encoder (3.1).
 2. Each token has three indices (T, H, W); an image's tokens share one T and count rows and columns (3.1,
    Native-RoPE).
-3. Attention gets two more projections, `q_proj_hw` and `k_proj_hw`, for space: queries and keys are [T, H, W], twice
+3. Attention has two more projections for space, `q_proj_hw` and `k_proj_hw`: queries and keys are [T, H, W], twice
    as wide as values, each part with its own norm and rotation; the scale stays head_dim^-1/2 (3.1, Multi-Head Native
    Attention).
-4. Text is causal, an image is bidirectional inside (3.1).
+4. Attention is causal in text and bidirectional within an image (3.1).
 5. Layers [0, p) are the pre-Buffer, the others the post-LLM: one list, the same block (3.2).
 
 Shapes: B rows, L new tokens, S keys (cached ones included), E hidden size, D patch features, A attention heads,
@@ -66,12 +66,12 @@ class NeoPreTrainedModel(PreTrainedModel):
     loading_hooks: ClassVar[list[Callable]] = []
 
     def get_correct_attn_implementation(self, requested_attention: str | None, *args, **kwargs) -> str:
-        """ "neo" where none is asked for."""
+        """Default to "neo"."""
         return super().get_correct_attn_implementation(requested_attention or "neo", *args, **kwargs)
 
     def _init_weights(self, module: nn.Module):
         if isinstance(module, NeoPatchProjection):
-            # PyTorch's own default for Conv2d; another initializer_range than the default scales it alike.
+            # PyTorch's default for Conv2d, scaled by the ratio of initializer_range to its default.
             scale = self.config.get_text_config().initializer_range / NeoTextConfig.initializer_range
             bound = scale / math.sqrt(module.weight[0].numel())
             init.uniform_(module.weight, -bound, bound)
@@ -89,7 +89,7 @@ class NeoPreTrainedModel(PreTrainedModel):
         """The layers that come from the LLM, a view of the layer list (NEO paper, section 3.2)."""
         return self.get_decoder().layers[self._num_pre_buffer_layers() :]
 
-    # -1 matches no token: a configuration that does not know the ids reads text.
+    # -1 matches no token: without image token ids, the model reads text only.
     @property
     def _image_token_id(self) -> int:
         return -1 if self.config.image_token_id is None else self.config.image_token_id
@@ -110,15 +110,15 @@ class NeoPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
         """
-        As in transformers, from a Hub id or a folder. A checkpoint without an output head gives a model whose head is
-        the input embedding, whatever the configuration says.
+        As in transformers, from a Hub id or a folder. If a checkpoint has no output head, the head is tied to the
+        input embedding, whatever the configuration says.
 
         Raises:
-            ImportError: This transformers is newer than those tested, and NEO's self-test fails with it.
-            OSError: A file of weights cannot be read; the message names the checkpoint.
+            ImportError: NEO's self-test fails with the installed transformers, which is newer than those tested.
+            OSError: A weight file cannot be read; the message names the checkpoint.
         """
         check_transformers(NeoForConditionalGeneration)
-        # Harnesses for the released class pass these arguments of transformers 4, switched off.
+        # Evaluation harnesses for the released class pass these arguments of transformers 4 as False.
         for name in ("load_in_8bit", "load_in_4bit"):
             if kwargs.pop(name, False):
                 raise ValueError(f"{name}=True: give quantization_config=BitsAndBytesConfig({name}=True) instead.")
@@ -165,10 +165,10 @@ class NeoTextModel(NeoPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """
         Args:
-            input_ids: (B, L) token ids, or `inputs_embeds` (B, L, E) in their place.
-            attention_mask: (B, S), 0 on padding, or a finished mask (see `plan_attention`).
-            position_ids: (3, B, L) T, H and W indices; where not given, tokens are text that follows the cache.
-            document_ids: (B, L), equal on the tokens of one document of a packed row.
+            input_ids: (B, L) token ids; alternatively, give `inputs_embeds` (B, L, E).
+            attention_mask: (B, S), 0 on padding, or a ready-made mask (see `plan_attention`).
+            position_ids: (3, B, L) T, H and W indices. By default, those of text that follows the cache.
+            document_ids: (B, L), the same for all tokens of a document in a packed row.
 
         Returns:
             `last_hidden_state` (B, L, E), after the final norm.
@@ -213,7 +213,7 @@ class NeoTextModel(NeoPreTrainedModel):
 class NeoModelOutputWithPast(BaseModelOutputWithPast):
     """
     image_hidden_states (`torch.Tensor` of shape `(V, E)`, *optional*):
-        The visual tokens, where images were given.
+        The visual tokens, if images were given.
     """
 
     image_hidden_states: torch.Tensor | None = None
@@ -223,7 +223,7 @@ class NeoModelOutputWithPast(BaseModelOutputWithPast):
 class NeoCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
     image_hidden_states (`torch.Tensor` of shape `(V, E)`, *optional*):
-        The visual tokens, where images were given.
+        The visual tokens, if images were given.
     """
 
     image_hidden_states: torch.Tensor | None = None
@@ -247,12 +247,12 @@ class NeoModel(NeoPreTrainedModel):
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
-        Embed images once, to feed them as `mm_encoder_outputs={"image": ...}` as often as wanted.
+        Embed images once, to reuse them in any number of calls as `mm_encoder_outputs={"image": ...}`.
 
         Args:
             pixel_values: (P, channels * patch_size * patch_size) normalised patches, from the image processor.
             image_grid_hw: (N, 2) (rows, columns) of each image in patches.
-            image_grid_thw: (N, 3) (1, rows, columns), in place of `image_grid_hw`.
+            image_grid_thw: (N, 3) (1, rows, columns), instead of `image_grid_hw`.
 
         Returns:
             `last_hidden_state`: patch features (P, D). `pooler_output`: a tuple with the visual tokens
@@ -267,19 +267,19 @@ class NeoModel(NeoPreTrainedModel):
                 f"pixel_values {tuple(pixel_values.shape)} need image_grid_hw, (rows, columns) of each image in "
                 "patches; the processor returns both."
             )
-        if image_grid_hw.shape[0] == 0:  # as collators make of samples without images
+        if image_grid_hw.shape[0] == 0:  # collators produce this for samples without images
             return BaseModelOutputWithPooling(last_hidden_state=pixel_values, pooler_output=())
         features, tokens = self.patch_embed(pixel_values, image_grid_hw)
-        if is_tracing(tokens):  # a graph that tells images apart would be one for their number
+        if is_tracing(tokens):  # splitting would specialise the graph to the number of images
             return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=(tokens,))
         sizes = (image_grid_hw.prod(-1) // self.config.vision_config.spatial_merge_size**2).tolist()
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=tokens.split(sizes))
 
     def get_token_ids(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """
-        Token ids (B, L) as far as indices need them: `input_ids`, or where there are only embeddings, -1 but for
-        `<IMG_CONTEXT>` and `<img>`, which are known by theirs. Visual tokens that are already filled in are not:
-        give `position_ids` with those.
+        Token ids (B, L) as needed for indices: `input_ids`, or if only embeddings are given, -1 except for
+        `<IMG_CONTEXT>` and `<img>`, which are recognised by their embeddings. Visual tokens that are already filled
+        in are not recognised: give `position_ids` with them.
         """
         if input_ids is not None:
             return input_ids
@@ -301,15 +301,15 @@ class NeoModel(NeoPreTrainedModel):
         num_image_tokens: int | None = None,
     ) -> torch.Tensor:
         """
-        T, H and W indices (3, B, L) of new tokens, continuing after what is cached.
+        T, H and W indices (3, B, L) of new tokens, continuing after the cached ones.
 
         Args:
             token_ids: (B, L) the new tokens.
             image_grid_hw: (N, 2) (rows, columns) in patches of the images among the new tokens.
             attention_mask: (B, S), 0 on padding, cached tokens included.
             past_key_values: the cache that the new tokens follow.
-            document_ids: (B, L), equal on the tokens of one document of a packed row.
-            num_image_tokens: how many image tokens there are, where that is known: it spares counting them.
+            document_ids: (B, L), the same for all tokens of a document in a packed row.
+            num_image_tokens: the number of image tokens, if known, which saves counting them.
         """
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         position_ids = allocate_position_ids(
@@ -318,7 +318,7 @@ class NeoModel(NeoPreTrainedModel):
             image_token_id=self._image_token_id,
             image_start_token_id=self._image_start_token_id,
             spatial_merge_size=self.config.vision_config.spatial_merge_size,
-            # A 4-D mask does not say what is padding: its tokens count, which moves all of a row alike.
+            # A 4-D mask does not identify padding, so padding counts too: this shifts all indices of a row equally.
             attention_mask=attention_mask[:, -token_ids.shape[1] :]
             if attention_mask is not None and attention_mask.ndim == 2
             else None,
@@ -354,20 +354,20 @@ class NeoModel(NeoPreTrainedModel):
     ) -> NeoModelOutputWithPast:
         """
         Args:
-            input_ids: (B, L) token ids, or `inputs_embeds` (B, L, E) in their place.
+            input_ids: (B, L) token ids; alternatively, give `inputs_embeds` (B, L, E).
             attention_mask: (B, S), 0 on padding on either side; cached tokens included.
-            position_ids: (3, B, L) T, H and W indices; computed where not given. (B, L) is transformers' convention
-                for packed rows where it starts anew within a row, else the indices of text.
-            past_key_values: cached keys (B, K, S, 2d) and values (B, K, S, d); also by its newer name, `cache`.
+            position_ids: (3, B, L) T, H and W indices, computed by default. (B, L) indices that restart within a row
+                mark packed documents, as in transformers; otherwise they are the indices of text.
+            past_key_values: cached keys (B, K, S, 2d) and values (B, K, S, d); its newer name is `cache`.
             pixel_values: (P, channels * patch_size * patch_size) patches of all images, in prompt order.
             image_grid_hw: (N, 2) (rows, columns) of each image in patches.
-            document_ids: (B, L), equal on the tokens of one document of a packed row, different for neighbours.
-            mm_encoder_outputs: `{"image": ...}` from `get_image_features`, in place of `pixel_values`.
-            image_grid_thw: (N, 3) (1, rows, columns), in place of `image_grid_hw`, as TRL's GRPO carries grids.
+            document_ids: (B, L), the same for all tokens of a document in a packed row, different for adjacent ones.
+            mm_encoder_outputs: `{"image": ...}` from `get_image_features`, instead of `pixel_values`.
+            image_grid_thw: (N, 3) (1, rows, columns), instead of `image_grid_hw`, as TRL's GRPO passes grids.
 
         Raises:
-            ValueError: inputs that exclude each other, images and image tokens that do not match in number, grids
-                that do not match the patches, token ids outside the vocabulary.
+            ValueError: inputs are mutually exclusive, images and image tokens do not match in number, grids do not
+                match the patches, or token ids are outside the vocabulary.
         """
         cache = past_key_values if cache is None else cache
         image_grid_hw = without_time(image_grid_hw, image_grid_thw)
@@ -376,7 +376,7 @@ class NeoModel(NeoPreTrainedModel):
         if document_ids is not None and cache is not None:
             raise ValueError("document_ids describe whole packed rows, which cannot follow a cache.")
         for name in ("output_hidden_states", "output_attentions"):
-            if getattr(self.config, name):  # the decoder looks into its own configuration only
+            if getattr(self.config, name):  # the decoder reads only its own configuration
                 kwargs.setdefault(name, True)
 
         num_image_tokens = None
@@ -420,10 +420,10 @@ class NeoModel(NeoPreTrainedModel):
         self, input_ids: torch.Tensor, image_grid_hw: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, int | None]:
         """
-        All that the host must know of the inputs, by a single read from the device, and none in a decoding step.
+        Get what the host must know about the inputs in a single read from the device; a decoding step needs none.
 
         Returns:
-            `image_grid_hw` in the memory of the host, and the number of image tokens, `None` where unknown.
+            `image_grid_hw` in host memory, and the number of image tokens, `None` if unknown.
 
         Raises:
             ValueError: a token id is outside the vocabulary.
@@ -448,7 +448,7 @@ class NeoModel(NeoPreTrainedModel):
         return image_grid_hw, num_image_tokens
 
     def _embed_images(self, pixel_values, image_grid_hw, mm_encoder_outputs) -> torch.Tensor | None:
-        """Visual tokens (V, E) of all images, `None` where there are none."""
+        """Visual tokens (V, E) of all images, `None` if there are none."""
         features = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
             if features is not None:
@@ -465,7 +465,7 @@ class NeoModel(NeoPreTrainedModel):
         visual_tokens: torch.Tensor | None,
         num_image_tokens: int | None,
     ) -> torch.Tensor:
-        """`inputs_embeds` (B, L, E) with the visual tokens (V, E) in the places of `<IMG_CONTEXT>`."""
+        """`inputs_embeds` (B, L, E) with `<IMG_CONTEXT>` replaced by the visual tokens (V, E)."""
         if visual_tokens is not None:
             assert token_ids is not None
             is_image = token_ids == self._image_token_id
@@ -479,8 +479,8 @@ class NeoModel(NeoPreTrainedModel):
             visual_tokens = visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
             return inputs_embeds.masked_scatter(is_image[..., None], visual_tokens)
         if self.training and torch.is_grad_enabled():
-            # Text alone also runs the patch embedding, multiplied by zero: processes gather its weights and average
-            # its gradients together, whatever each of them reads.
+            # Batches of text alone also run the patch embedding, multiplied by zero: distributed processes gather its
+            # weights and average its gradients together, whether or not each of them has images.
             vision, merge = self.config.vision_config, self.config.vision_config.spatial_merge_size
             blank = torch.zeros(merge**2, vision.num_channels * vision.patch_size**2, device=inputs_embeds.device)
             _, blank_token = self.patch_embed(blank, torch.tensor([[merge, merge]]))
@@ -491,8 +491,8 @@ class NeoModel(NeoPreTrainedModel):
         self, position_ids, inputs_embeds, attention_mask, cache, document_ids, has_images: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """
-        What two-dimensional `position_ids` mean: T indices (3, B, L) of text, or documents of packed rows. `None`
-        where indices are still to be allocated, as one number per token cannot place images.
+        Interpret two-dimensional `position_ids` as indices (3, B, L) of text, or as documents of packed rows. The
+        indices are `None` if they must still be allocated, since one number per token cannot place images.
         """
         position_ids = position_ids.expand(inputs_embeds.shape[:2])
         is_unpadded = attention_mask is None or bool((attention_mask == 1).all())
@@ -510,9 +510,9 @@ class NeoModel(NeoPreTrainedModel):
         attention_mask: torch.Tensor | None,
     ):
         """
-        Note on the cache where each row goes on, see `get_position_ids`: `rope_deltas` (B, 1), by how much the next T
-        index differs from the length, which is what text leaves unchanged, and `next_indices` (B, S), for caches that
-        are cropped: the T index that would follow each token, or -1 where a cut would go through an image.
+        Record on the cache where each row continues (see `get_position_ids`): `rope_deltas` (B, 1), the next T index
+        minus the length, which text leaves unchanged; and `next_indices` (B, S), for caches that are cropped: the T
+        index that would follow each token, or -1 if cropping there would split an image.
         """
         if cache is None or is_tracing(position_ids):
             return
@@ -526,7 +526,7 @@ class NeoModel(NeoPreTrainedModel):
             is_attended = attention_mask[:, -length:] != 0
             next_indices = next_indices.masked_fill(~is_attended, -1)
         next_indices = next_indices.cummax(-1).values
-        if is_attended is not None:  # rows of padding alone do not move
+        if is_attended is not None:  # rows that contain only padding keep their index
             deltas = getattr(cache, "rope_deltas", None)
             previous = 0 if deltas is None else deltas + (end - length)
             next_indices = torch.where(next_indices < 0, previous, next_indices)
@@ -550,11 +550,10 @@ class NeoModel(NeoPreTrainedModel):
 
 def rope_deltas_of(cache: Cache, length: int | torch.Tensor) -> torch.Tensor | None:
     """
-    By how much the next T index of each row of the cache differs from its length, (B, 1), or `None` if that is not
-    known.
+    The next T index of each cached row minus the length of the cache, (B, 1), or `None` if unknown.
 
     Raises:
-        ValueError: the cache was cropped to a length that cuts an image, whose tokens have seen what was cut off.
+        ValueError: the cache was cropped within an image, whose remaining tokens have attended to those cut off.
     """
     next_indices = getattr(cache, "next_indices", None)
     if next_indices is None or not isinstance(length, int) or next_indices.shape[1] <= length:
@@ -569,7 +568,7 @@ def rope_deltas_of(cache: Cache, length: int | torch.Tensor) -> torch.Tensor | N
 
 
 def check_token_ids(low: int, high: int, vocab_size: int):
-    """Raise a ValueError that quotes the smallest or largest token id where it is outside the vocabulary."""
+    """Raise a ValueError quoting the smallest or largest token id if it is outside the vocabulary."""
     if low < 0 or high >= vocab_size:
         raise ValueError(
             f"input_ids must lie between 0 and {vocab_size - 1}, got {low if low < 0 else high}. Was the tokenizer "
@@ -591,8 +590,8 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin, NeoCha
         self.post_init()
 
     def mark_tied_weights_as_initialized(self, loading_info):
-        # A checkpoint without a head is tied, whatever its configuration says. Said before transformers initialises
-        # and reports what is missing.
+        # A checkpoint without a head is tied, whatever its configuration says. Set this before transformers
+        # initialises and reports missing weights.
         head, embedding = next(iter(self._tied_weights_keys.items()))
         if head in loading_info.missing_keys and embedding not in loading_info.missing_keys:
             self.config.tie_word_embeddings = self.config.text_config.tie_word_embeddings = True
@@ -627,26 +626,26 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin, NeoCha
         **kwargs,
     ) -> NeoCausalLMOutputWithPast:
         """
-        As `NeoModel.forward`, and:
+        As `NeoModel.forward`, with these additional arguments.
 
         Args:
-            labels: (B, L) token ids to be predicted by the token before each, -100 where none is. `<IMG_CONTEXT>`,
+            labels: (B, L) token ids, each predicted from the position before it, -100 to ignore. `<IMG_CONTEXT>`,
                 padding and the first token of a document never count.
-            logits_to_keep: compute logits of the last so many tokens only, 0 for all; or which, as an index tensor.
-            loss_weight: (B, L), the weight of predicting each token, aligned with the labels; 1 where not given.
-            num_items_in_batch: what to divide the loss by in place of the sum of weights of this batch.
-            skip_logits: return the loss alone, which needs a fraction of the memory.
-            kernel_options: of FlexAttention, where it is what attends.
-            shift_labels: (B, kept tokens), in place of `labels`: the target of each token itself, as in transformers.
+            logits_to_keep: number of last tokens to compute logits for, 0 for all; or an index tensor of tokens.
+            loss_weight: (B, L), the weight of each label in the loss; 1 by default.
+            num_items_in_batch: divisor of the loss, instead of this batch's sum of weights.
+            skip_logits: return only the loss, which takes a fraction of the memory.
+            kernel_options: options of FlexAttention, if it is used.
+            shift_labels: (B, kept tokens) targets that are already shifted, instead of `labels`; as in transformers.
 
         Returns:
-            `logits` (B, L, vocabulary) and, where there are labels, `loss`: the mean cross entropy by weight, 0 where
-            no token counts.
+            `logits` (B, L, vocabulary) and, with labels, `loss`: the weighted mean cross entropy, 0 if no
+            token counts.
         """
-        # Not a parameter: the Trainer evaluates only batches that have every parameter with "label" in its name.
+        # Not a parameter: the Trainer's evaluation loss requires every parameter with "label" in its name.
         shift_labels = kwargs.pop("shift_labels", None)
         if use_cache is None and (labels is not None or shift_labels is not None):
-            use_cache = False  # a layer that is run again, to recompute activations, would fill it twice
+            use_cache = False  # gradient checkpointing runs layers twice, which would fill it twice
         if kernel_options is not None:
             kwargs["kernel_options"] = kernel_options
         outputs = self.model(
@@ -673,13 +672,13 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin, NeoCha
         logits = loss = None
         if skip_logits and targets is None:
             raise ValueError("skip_logits=True leaves nothing to compute without labels.")
-        # A head wrapped or replaced by something else (an adapter) gives logits only, as another loss asks for them.
+        # A wrapped or replaced head (an adapter) returns only logits, and a custom loss needs them.
         is_own_loss = isinstance(self.lm_head, NeoOutputHead) and self.loss_function is weighted_cross_entropy
         if skip_logits and is_own_loss:
             assert targets is not None
             assert weights is not None
             total = weights.sum() if num_items_in_batch is None else num_items_in_batch
-            counted = weights.flatten().nonzero()[:, 0]  # once: the host waits for their number
+            counted = weights.flatten().nonzero()[:, 0]  # once, since the host waits for their number
             loss = self.lm_head(*(x.flatten(0, 1)[counted] for x in (hidden_states, targets, weights)), total)
         else:
             logits = self.lm_head(hidden_states)

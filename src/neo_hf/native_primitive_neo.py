@@ -12,15 +12,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 from transformers.utils.import_utils import is_tracing
 
-# Tokens of a row that go through an MLP at once without gradients: the activations of a long prompt would otherwise
-# take most of its memory.
+# Tokens of a row that an MLP processes at once without gradients. Otherwise, its activations would take most of the
+# memory of a long prompt.
 MLP_CHUNK = 1024
 
 
 class NeoAttention(nn.Module):
     """Multi-Head Native Attention (NEO paper, section 3.1)."""
 
-    is_causal = True  # where the mask is left out, as in text
+    is_causal = True  # if there is no mask, as for text alone
 
     def __init__(self, config: NeoTextConfig, layer_idx: int):
         super().__init__()
@@ -28,7 +28,7 @@ class NeoAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5  # the LLM's own, although queries and keys are 2 * head_dim wide
+        self.scaling = config.head_dim**-0.5  # the LLM's scale, although queries and keys are 2 * head_dim wide
         self.attention_dropout = config.attention_dropout
 
         def projection(heads: int) -> nn.Linear:
@@ -71,12 +71,12 @@ class NeoAttention(nn.Module):
         value = self.v_proj(hidden_states).unflatten(-1, (-1, d)).transpose(1, 2)  # (B, K, L, d)
 
         def thw(temporal: nn.Linear, spatial: nn.Linear, *norms: nn.Module) -> torch.Tensor:
-            # One projection after the other: those of a long prompt are large.
+            # One projection at a time, since they are large for a long prompt.
             halves = [*apply_rotary(norms[0](temporal(hidden_states).unflatten(-1, (-1, d))), cos[0], sin[0])]
             height_width = spatial(hidden_states).unflatten(-1, (-1, d)).chunk(2, dim=-1)
             for x, norm, c, s in zip(height_width, norms[1:], cos[1:], sin[1:], strict=True):
                 halves += apply_rotary(norm(x), c, s)
-            # Under autocast the norms return float32, which not all kernels mix with values in half precision.
+            # Under autocast the norms return float32, which some kernels cannot combine with half-precision values.
             return torch.cat(halves, dim=-1).transpose(1, 2).to(value.dtype)  # (B, heads, L, 2d)
 
         query = thw(self.q_proj, self.q_proj_hw, self.q_norm, self.q_norm_h, self.q_norm_w)

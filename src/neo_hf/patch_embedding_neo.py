@@ -1,4 +1,4 @@
-"""Pixels to visual tokens: all there is between an image and the decoder (NEO paper, section 3.1)."""
+"""Pixels to visual tokens: the only module between an image and the decoder (NEO paper, section 3.1)."""
 
 from .configuration_neo import NeoVisionConfig
 from .indexing_neo import check_grid, place_in_grids
@@ -9,13 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils.import_utils import is_tracing
 
-# Patches embedded at once: the features of a long prompt's patches would otherwise take most of its memory.
+# Patches embedded at once. Otherwise, patch features would take most of the memory of a long prompt.
 PATCH_CHUNK = 4096
 
 
 class NeoPatchProjection(nn.Module):
     """
-    A convolution whose stride equals its kernel, as one matrix product on inputs that are already cut into
+    A convolution whose stride equals its kernel size, as one matrix product on inputs that are already cut into
     kernel-sized pieces (pieces, in_channels * kernel * kernel). Keeps the Conv2d weight layout of the checkpoints.
     """
 
@@ -29,7 +29,7 @@ class NeoPatchProjection(nn.Module):
 
 
 class NeoPatchEmbedding(nn.Module):
-    """Two projections, a GELU and a rotary encoding. All images of a batch go through together, unpadded."""
+    """Two projections, a GELU and a rotary encoding. Embeds all images of a batch together, without padding."""
 
     def __init__(self, config: NeoVisionConfig, output_size: int):
         super().__init__()

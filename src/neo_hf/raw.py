@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightRenaming
 
 RAW_MODEL_TYPE = "neo_chat"
 
-# Prefixes of the raw names and of the model's own: the single key map of loading and of conversion in both directions.
+# Raw prefixes to the model's own: the single key map, used by loading and by conversion in both directions.
 RAW_TO_NEO = {
     "vision_model.embeddings.": "model.patch_embed.",
     "language_model.model.": "model.language_model.",
@@ -76,7 +76,7 @@ def register():
     """Let `AutoConfig`, `NeoConfig` and all models' `from_pretrained` read raw checkpoints."""
     NeoConfig.readers[RAW_MODEL_TYPE] = raw_config_to_neo
     AutoConfig.register(RAW_MODEL_TYPE, NeoChatConfig)
-    # By model type: transformers itself adds or removes "model." where the base model or the full one is loaded.
+    # By model type: transformers itself adds or removes "model." when it loads the base model or the full one.
     renamings: list = [_LoadOnlyRenaming("^" + re.escape(raw), neo) for raw, neo in RAW_TO_NEO.items()]
     register_checkpoint_conversion_mapping(NeoConfig.model_type, renamings, overwrite=True)
     NeoPreTrainedModel.loading_hooks.append(_finish_loading)
@@ -93,7 +93,7 @@ def _finish_loading(model: NeoPreTrainedModel, info: dict[str, Any]):
             f"The raw checkpoint {model.name_or_path} does not fit its configuration: missing "
             f"{sorted(info['missing_keys'])}, left over {sorted(left_over)}."
         )
-    # Without generation_config.json transformers looks for this in sections of other names.
+    # Without generation_config.json, transformers looks for this in config sections with other names.
     if model.can_generate() and model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = model.config.text_config.eos_token_id
 
@@ -121,7 +121,7 @@ def released_token_ids(vocab_size: int) -> dict[str, int | None]:
 
 
 def rope(theta: Any) -> dict[str, Any]:
-    """The rotary parameters of one axis, whose theta the configuration checks."""
+    """The rotary parameters of one axis. The configuration checks theta."""
     return {"rope_type": "default", "rope_theta": theta}
 
 
@@ -129,8 +129,8 @@ def raw_config_to_neo(raw: dict[str, Any]) -> dict[str, Any]:
     """
     Translate a raw `config.json` into the fields of `NeoConfig`.
 
-    The depth of the pre-Buffer is `extra_num_layers`, which only training writes. Token ids that the file does not
-    give are the released ones, or `None` where the vocabulary is too small for them.
+    The depth of the pre-Buffer is `extra_num_layers`, which only training writes. Missing token ids default to the
+    released ones, or to `None` if the vocabulary is too small for them.
 
     Raises:
         ValueError: a section is missing, or a setting has a value that NEO does not support; the message quotes it.
@@ -151,7 +151,7 @@ def raw_config_to_neo(raw: dict[str, Any]) -> dict[str, Any]:
     require(
         not text.get("use_sliding_window"), "NEO has no sliding window, but llm_config.use_sliding_window is true."
     )
-    # Newer versions of transformers write rope_parameters in place of rope_theta and rope_scaling.
+    # Newer versions of transformers write rope_parameters instead of rope_theta and rope_scaling.
     rope_parameters = {"rope_type": "default"} | (text.get("rope_parameters") or {})
     scaling = text.get("rope_scaling") or (rope_parameters if rope_parameters["rope_type"] != "default" else None)
     require(not scaling, f"NEO has no rope scaling, got {scaling}.")
@@ -200,7 +200,7 @@ def _unwrap_numbers(section: dict[str, Any]) -> dict[str, Any]:
 
 def neo_config_to_raw(config: NeoConfig) -> dict[str, Any]:
     """
-    The raw `config.json` of a configuration, the inverse of `raw_config_to_neo`.
+    Translate a `NeoConfig` into a raw `config.json`; the inverse of `raw_config_to_neo`.
 
     Raises:
         ValueError: height and width have different thetas, which the raw layout cannot express.

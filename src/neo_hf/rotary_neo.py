@@ -1,4 +1,4 @@
-"""Rotary encodings as pure functions: of patch features, and Native-RoPE of the decoder (NEO paper, section 3.1)."""
+"""Rotary encodings as pure functions: for patch features, and the decoder's Native-RoPE (NEO paper, section 3.1)."""
 
 from .configuration_neo import NeoConfig  # noqa: F401  (imported first: it refuses an unsupported transformers)
 
@@ -13,7 +13,7 @@ def inverse_frequencies(theta: float, channels: int, device: torch.device) -> to
 def rotate(
     x: torch.Tensor, y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate the points (x, y) by the angles whose cosine and sine are given."""
+    """Rotate the points (x, y) by angles given as cosine and sine."""
     return torch.addcmul(x * cos, y, sin, value=-1), torch.addcmul(y * cos, x, sin)
 
 
@@ -21,7 +21,7 @@ def rotate_patches(features: torch.Tensor, rows: torch.Tensor, columns: torch.Te
     """
     Two-dimensional rotary encoding of patch features (P, D), computed in float32: the first D/2 channels rotate by the
     column, the last D/2 by the row of the patch (both (P,)). Pairs are interleaved, (0, 1), (2, 3), ..., as in the
-    released checkpoints; those of the decoder are half-split.
+    released checkpoints; the decoder's are half-split.
     """
     frequencies = inverse_frequencies(theta, features.shape[-1] // 2, features.device)  # (D/4,)
     angles = torch.cat([columns[:, None] * frequencies, rows[:, None] * frequencies], dim=-1)  # (P, D/2)

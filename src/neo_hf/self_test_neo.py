@@ -1,8 +1,8 @@
-"""A self-test of under a second: a tiny NEO of fixed weights must say again what was recorded of it.
+"""A self-test of under a second: a tiny NEO with fixed weights must reproduce its recorded answers.
 
 It covers what a release of transformers can break without an error: how `generate()` carries indices, masks, images
-and the cache from step to step. On a transformers that this code was never tried on, `from_pretrained` runs it before
-it loads anything.
+and the cache from step to step. On an untested version of transformers, `from_pretrained` runs it before loading
+anything.
 """
 
 from .cache_neo import CACHE_NAME, NeoCache
@@ -27,15 +27,15 @@ logger = logging.get_logger(__name__)
 SEED = 72
 IMAGE, IMAGE_START, IMAGE_END = 1, 2, 3
 TOLERANCE = 1e-3
-LOGITS_OF = [20, 40]  # two words
-# Token grids (rows, columns) of the images between the words of each prompt. Rows of unequal length, so that a batch
-# is padded; images of unequal size, none square.
+LOGITS_OF = [20, 40]  # token ids
+# Token ids of each prompt, with the token grids (rows, columns) of its images. Prompts of unequal length, so that a
+# batch is padded; images of unequal size, none square.
 PROMPTS: list[list[int | tuple[int, int]]] = [
     [11, 12, (2, 3), 13, (3, 1), 14, 15, 16],
     [17, (1, 4), 18, 19],
     [20, 21, 22, 23],
 ]
-# Logits of two words at each token of the first prompt, and how each prompt goes on: greedily, and by four beams.
+# Logits of LOGITS_OF at each position of the first prompt, and answers to all prompts: greedy, and by beam search.
 # fmt: off
 RECORDED_LOGITS = [
     [1.267, -0.943], [1.774, -2.402], [1.747, -2.496], [-0.372, 2.559], [0.727, 0.877], [-0.707, 0.554],
@@ -57,7 +57,7 @@ RECORDED_BEAMS = [
 
 
 def build_model(model_class, device: str = "cpu", attn_implementation: str | None = None):
-    """The tiny model in float32. Its weights come from NumPy's frozen generator, the same on any version of torch."""
+    """The tiny model in float32. Its weights come from NumPy's frozen generator, independent of the torch version."""
     config = NeoConfig(
         text_config={
             "vocab_size": 64,
@@ -85,13 +85,13 @@ def build_model(model_class, device: str = "cpu", attn_implementation: str | Non
         scale = 0.3 if tensor.ndim < 2 else 1.5 * tensor[0].numel() ** -0.5
         values = generator.standard_normal(tuple(tensor.shape)) * scale + ("norm" in name)
         weights[name] = torch.from_numpy(values.astype(np.float32))
-    weights["lm_head.weight"][: IMAGE_END + 1] = 0  # it says words only
+    weights["lm_head.weight"][: IMAGE_END + 1] = 0  # it generates text only
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval()
 
 
 def prompt_inputs(rows: range, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """Prompts as arguments of `forward`, padded on the left to one batch."""
+    """Prompts as arguments of `forward`, left-padded into one batch."""
     ids: list[list[int]] = []
     grids: list[tuple[int, int]] = []
     for row in rows:
@@ -109,7 +109,7 @@ def prompt_inputs(rows: range, device: str = "cpu") -> dict[str, torch.Tensor]:
     }
     if grids:
         sizes = [4 * rows * columns for rows, columns in grids]
-        # One stream of pixels per size, so that an image is the same in any batch.
+        # One random stream per size, so that an image is the same in any batch.
         pixels = [np.random.RandomState(size).standard_normal((size, 48)).astype(np.float32) for size in sizes]
         inputs["pixel_values"] = torch.from_numpy(np.concatenate(pixels))
         inputs["image_grid_hw"] = 2 * torch.tensor(grids)
@@ -140,7 +140,7 @@ def _check_cached_steps(model, device: str):
 
 def _check_continued_cache(model, device: str):
     inputs, cache = prompt_inputs(range(1), device), NeoCache(model.config.text_config)
-    cut = inputs["input_ids"][0].tolist().index(IMAGE_END) + 1  # behind the first image
+    cut = inputs["input_ids"][0].tolist().index(IMAGE_END) + 1  # after the first image
     first = {"input_ids": inputs["input_ids"][:, :cut], "image_grid_hw": inputs["image_grid_hw"][:1]}
     first["pixel_values"] = inputs["pixel_values"][: int(first["image_grid_hw"].prod())]
     model(**first, past_key_values=cache, use_cache=True)
@@ -182,7 +182,7 @@ def _generate(model, inputs: dict[str, torch.Tensor], **kwargs) -> list[list[int
 
 def _require_close(logits: torch.Tensor, expected: torch.Tensor):
     difference = float((logits - expected).abs().max())
-    if not difference <= TOLERANCE:  # NaN neither
+    if not difference <= TOLERANCE:  # also refuses NaN
         raise AssertionError(f"logits are off by up to {difference:.2g}, {TOLERANCE:g} is allowed")
 
 
@@ -202,14 +202,14 @@ def self_test(model_class, device: str = "cpu", attn_implementation: str | None 
         attn_implementation: as in `from_pretrained`.
 
     Returns:
-        What went wrong, by name of the part; empty where nothing did.
+        The reason of each failure, by name of the part; empty if all parts passed.
     """
     failures = {}
     with torch.autocast(torch.device(device).type, enabled=False):
         for name, check in PARTS.items():
             try:
                 check(build_model(model_class, device, attn_implementation), device)
-            except Exception as error:  # whatever a version of transformers that we do not know raises
+            except Exception as error:  # an unknown version of transformers may raise anything
                 failures[name] = str(error) if type(error) is AssertionError else f"{type(error).__name__}: {error}"
     return failures
 
@@ -217,8 +217,8 @@ def self_test(model_class, device: str = "cpu", attn_implementation: str | None 
 @cache
 def check_transformers(model_class):
     """
-    On a transformers newer than `NEWEST_TESTED`, warn, and run the self-test, unless it passed before in this
-    environment (an empty file in the Hugging Face cache folder remembers).
+    If transformers is newer than `NEWEST_TESTED`, warn, and run the self-test unless it passed before in this
+    environment (an empty file in the Hugging Face cache folder records this).
 
     Raises:
         ImportError: the self-test failed.
@@ -237,7 +237,7 @@ def check_transformers(model_class):
                 f"with transformers up to {newest}: {pin}, or look for a newer NEO.\n"
                 + "\n".join(f"- {name}: {reason}" for name, reason in failures.items())
             )
-        with suppress(OSError):  # a cache folder that cannot be written
+        with suppress(OSError):  # the cache folder may not be writable
             marker.parent.mkdir(parents=True, exist_ok=True)
             marker.touch()
     logger.warning(

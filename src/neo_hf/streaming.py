@@ -41,10 +41,10 @@ class NeoStream:
 
     With `max_tokens` or `max_seconds`, the oldest frames are removed from the cache, timestamps included. The system
     text, other text and all indices stay. This is an approximation: tokens after a removed frame have attended to it
-    and keep what they took from it, and its T indices stay unused, neither of which a prompt without the frame has.
+    and still carry its information, and its T indices stay unused. A prompt without the frame has neither effect.
 
-    A stream does one thing at a time: while a call runs in another thread, or an answer is not yet read to its end,
-    closed or discarded, all others raise a `RuntimeError`. If a call fails, the stream is as it was before.
+    A stream does one thing at a time: while a call runs in another thread, or an answer has not been read to its
+    end, closed or discarded, any other call raises a `RuntimeError`. If a call fails, the stream is as it was before.
 
     Args:
         model: a NEO model.
@@ -116,7 +116,7 @@ class NeoStream:
             try:
                 self._add_frame(image, timestamp)
             except BaseException:
-                self.__dict__.update(before.__dict__)  # with it the frames that were removed to make room
+                self.__dict__.update(before.__dict__)  # also restores frames removed to make room
                 raise
 
     def _add_frame(self, image, timestamp: float | None) -> None:
@@ -148,7 +148,7 @@ class NeoStream:
         self._last_timestamp = timestamp if timestamp is not None else self._last_timestamp
 
     def add_text(self, text: str) -> None:
-        """Add text to the user turn. It is computed with the next frame or question."""
+        """Add text to the user turn. It is processed with the next frame or question."""
         with self._exclusive():
             self._pending += self._as_text(text)
 
@@ -160,7 +160,7 @@ class NeoStream:
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
-        Add tokens as they are, ahead of any text held back. `add_frame` builds on it.
+        Add tokens unchanged, ahead of any text held back. `add_frame` builds on it.
 
         Args:
             input_ids: (1, L) token ids; all tokens of an image must come in one call.
@@ -199,22 +199,22 @@ class NeoStream:
 
     def ask(self, question: str, keep: bool = False, **generate_kwargs) -> Iterator[str]:
         """
-        Ask about what was shown so far.
+        Ask about what has been shown so far.
 
         Args:
             question: the user's question.
             keep: whether question and answer stay in the conversation. If not, the stream returns to its previous
-                state once the answer was read to its end or closed.
+                state once the answer has been read to its end or closed.
             generate_kwargs: keyword arguments of `generate()`, for a single sequence.
 
         Returns:
             An iterator over pieces of the answer, which is generated in the background; `"".join(...)` gives it whole.
 
         Raises:
-            ValueError: if no frame was added yet, or the arguments request several sequences.
+            ValueError: if no frame has been added yet, or the arguments request several sequences.
         """
         answer = self._ask(question, keep, generate_kwargs)
-        next(answer)  # claims the stream at once, and lets go of it even if nothing is ever read
+        next(answer)  # claims the stream now, and releases it even if nothing is ever read
         return answer
 
     def _ask(self, question: str, keep: bool, generate_kwargs: dict) -> Iterator[str]:
@@ -277,7 +277,7 @@ class NeoStream:
             raise result["error"]
 
     def _keep(self, ids: list[int], positions: torch.Tensor, end: int):
-        """Keep a question and its answer: `ids`, of which the first ones are those with `positions`."""
+        """Keep a question and its answer. `ids` is the whole sequence; `positions` covers all of it but the answer."""
         ids = ids if ids[-1] == end else [*ids, end]
         self._next_t = int(positions[0].max()) + 1
         answer = torch.tensor([ids[positions.shape[-1] :]])
@@ -318,7 +318,7 @@ class NeoStream:
             self._lock.release()
 
     def _as_text(self, text: str) -> str:
-        """Text as it is tokenized."""
+        """Text in the form in which it is tokenized."""
         if self.sanitize_control_tokens:
             return mark_control_tokens(text, self.processor.tokenizer)
         for token in (self.processor.image_start_token, self.processor.image_context_token):

@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-# In the order of their ids, from 151669.
+# In order of their ids, which start at 151669.
 NEO_SPECIAL_TOKENS = (
     "<IMG_CONTEXT>",
     "<img>",
@@ -28,7 +28,7 @@ NEO_SPECIAL_TOKENS = (
     "<|interpreter|>",
 )
 
-# Qwen3's added tokens, ids from 151643; only the first 14 are marked special.
+# Qwen3's added tokens, whose ids start at 151643; only the first 14 are marked special.
 QWEN3_ADDED_TOKENS = (
     "<|endoftext|>",
     IM_START,
@@ -62,7 +62,7 @@ QWEN3_NUM_SPECIAL = 14
 
 def add_neo_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Add NEO's missing special tokens to `tokenizer`, make it pad on the left, and return it."""
-    # `save_pretrained` writes init_kwargs, which do not follow the attribute.
+    # `save_pretrained` writes init_kwargs, which setting the attribute does not change.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     tokenizer.add_tokens(
         [AddedToken(token, normalized=False, special=True) for token in NEO_SPECIAL_TOKENS], special_tokens=True
@@ -98,7 +98,7 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerBase | None:
         try:
             for file in files:
                 read_json(file)
-        except ValueError as broken:  # says which file it is
+        except ValueError as broken:  # names the file
             reason = broken
         raise ValueError(f"The tokenizer in {folder} cannot be read: {reason}") from error
 
