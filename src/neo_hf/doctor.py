@@ -89,7 +89,7 @@ def device_lines() -> Iterator[str]:
     for kind in dict.fromkeys(torch.device(device).type for device in devices()):
         compiles = can_compile_kernels(kind)
         needs = "a C++ compiler" if kind == "cpu" else "Triton and a C compiler"
-        note = "compiles" if compiles else f"needs {needs}: attention goes by SDPA, same answers, more memory"
+        note = "compiles" if compiles else f"needs {needs}: attention uses SDPA: same answers, more memory"
         yield f"{'FlexAttention':<18}{kind}: {note}"
 
 

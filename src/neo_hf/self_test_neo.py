@@ -188,7 +188,7 @@ def _require_close(logits: torch.Tensor, expected: torch.Tensor):
 
 def _require_equal(tokens: list, expected: list):
     if tokens != expected:
-        raise AssertionError(f"said {tokens}, expected {expected}")
+        raise AssertionError(f"generated {tokens}, expected {expected}")
 
 
 @torch.no_grad()

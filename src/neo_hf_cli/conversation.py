@@ -75,7 +75,7 @@ class Conversation:
         Print the answer to a question while it is generated.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C. What was said until then stays in the conversation; if nothing was, the question
+            KeyboardInterrupt: Ctrl-C. The answer so far stays in the conversation; if there is none, the question
                 is forgotten and its files go with the next one.
             ValueError: the inputs cannot be prepared. The conversation is as before, without the files.
         """

@@ -148,7 +148,7 @@ def test_classes_of_the_metadata_cannot_be_changed(raw, tmp_path):
     with pytest.raises(ValueError, match=r"\.metadata cannot be read"):
         open_checkpoint(raw)
     assert not hasattr(BytesStorageMetadata, "version")
-    assert Metadata.version is None
+    assert getattr(Metadata, "version", None) is None  # torch 2.8 has no such field
 
 
 def test_distributed_folder(raw, tmp_path):

@@ -127,7 +127,10 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _remove(folder: Path):
-    """Remove a folder if it exists, `config.json` last and spoilt before: what a kill leaves of it is no model."""
+    """
+    Remove a folder if it exists. `config.json` is invalidated first and removed last, so that an interrupted removal
+    never leaves a folder that loads.
+    """
     if not folder.is_dir():
         return
     config = folder / "config.json"
