@@ -180,7 +180,7 @@ def test_untested_version_that_fails_is_refused(untested, monkeypatch):
         NeoGenerationMixin, "prepare_inputs_for_generation", GenerationMixin.prepare_inputs_for_generation
     )
     for _ in range(2):
-        with pytest.raises(ImportError, match=r"(?s)5\.99\.0.*pip install.*generate\(\): said"):
+        with pytest.raises(ImportError, match=r"(?s)5\.99\.0.*pip install.*generate\(\): generated"):
             load()
     assert not folder.exists()
 
@@ -232,7 +232,7 @@ def test_doctor_fails_where_the_self_test_fails(capsys, monkeypatch):
     assert run_doctor() == 1
     output = capsys.readouterr().out
     assert re.search(r"cpu +neo +FAILED", output)
-    assert "generate(): said" in output
+    assert "generate(): generated" in output
     assert "pip install" in output
 
 
