@@ -1,4 +1,4 @@
-"""A key/value cache that copies only new entries as it grows."""
+"""A key/value cache that copies only new entries as it grows, and where the sequences in it continue."""
 
 from .configuration_neo import NeoTextConfig
 
@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.import_utils import is_tracing
 
@@ -113,3 +114,68 @@ class NeoCache(DynamicCache):
         for name in ("rope_deltas", "next_indices"):
             if (x := getattr(self, name)) is not None:
                 setattr(self, name, change(x))
+
+
+def remember_end(
+    cache: Cache | None,
+    position_ids: torch.Tensor,
+    token_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    image_start_token_id: int,
+):
+    """
+    Record on the cache where each row continues (see `NeoModel.get_position_ids`): `rope_deltas` (B, 1), the next T
+    index minus the length, which text leaves unchanged; and `next_indices` (B, S), for caches that are cropped: the T
+    index that would follow each token, or -1 if cropping there would split an image.
+    """
+    if cache is None or is_tracing(position_ids):
+        return
+    end, temporal = cache.get_seq_length(), position_ids[0]
+    length = temporal.shape[-1]
+    next_indices = temporal + 1
+    if token_ids is not None:
+        next_indices = next_indices + (token_ids == image_start_token_id)
+    is_attended = None
+    if attention_mask is not None and attention_mask.ndim == 2:
+        is_attended = attention_mask[:, -length:] != 0
+        next_indices = next_indices.masked_fill(~is_attended, -1)
+    next_indices = next_indices.cummax(-1).values
+    if is_attended is not None:  # rows that contain only padding keep their index
+        deltas = getattr(cache, "rope_deltas", None)
+        previous = 0 if deltas is None else deltas + (end - length)
+        next_indices = torch.where(next_indices < 0, previous, next_indices)
+    cache.rope_deltas = next_indices[:, -1:] - end
+    if not isinstance(end, int):  # a static cache, which cannot be cropped
+        return
+    if length > 1:
+        is_cut = temporal[:, 1:] == temporal[:, :-1]
+        if is_attended is not None:
+            is_cut = is_cut & is_attended[:, 1:] & is_attended[:, :-1]
+        next_indices = torch.cat([next_indices[:, :-1].masked_fill(is_cut, -1), next_indices[:, -1:]], dim=-1)
+    start = end - length
+    if start:
+        past = getattr(cache, "next_indices", None)
+        if past is None or past.shape[0] != len(next_indices):
+            past = next_indices.new_empty(len(next_indices), 0)
+        past = F.pad(past[:, :start], (0, max(start - past.shape[1], 0)), value=-1)
+        next_indices = torch.cat([past.to(next_indices.device), next_indices], dim=-1)
+    cache.next_indices = next_indices
+
+
+def rope_deltas_of(cache: Cache, length: int | torch.Tensor) -> torch.Tensor | None:
+    """
+    The next T index of each cached row minus the length of the cache, (B, 1), or `None` if unknown.
+
+    Raises:
+        ValueError: the cache was cropped within an image, whose remaining tokens have attended to those cut off.
+    """
+    next_indices = getattr(cache, "next_indices", None)
+    if next_indices is None or not isinstance(length, int) or next_indices.shape[1] <= length:
+        return getattr(cache, "rope_deltas", None)
+    next_index = next_indices[:, length - 1 : length]
+    if (next_index < 0).any():
+        raise ValueError(
+            f"The cache was cropped from {next_indices.shape[1]} to {length} tokens, within an image or within tokens "
+            "of unknown index. Crop before or after an image, since its tokens see each other, or give position_ids."
+        )
+    return next_index - length
