@@ -3,20 +3,15 @@
 from .chat_template_neo import CHAT_TEMPLATE, CONTROL_TOKENS, drop_marks, mark_control_tokens
 from .image_processing_neo import check_names, check_settings, shared_budget
 from .indexing_neo import allocate_position_ids
+from .media_access_neo import MEDIA_KINDS, admit_media
 from .video_processing_neo import NeoVideoProcessor, NeoVideoProcessorKwargs, flatten_videos, is_video, video_duration
 
-import base64
 import dataclasses
-import ipaddress
-import os
-import socket
-from collections.abc import Collection
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import get_session
 from torch.nn import functional as F
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
@@ -27,8 +22,6 @@ from transformers.video_utils import VideoInput, VideoMetadata
 
 ROLES = ("system", "user", "assistant")
 PART_TYPES = ("text", "image", "image_url", "video")
-MEDIA_KINDS = ("path", "url", "data")
-MAX_REDIRECTS = 10
 VIDEO_STYLES = ("timestamps", "bare", "spatial_timestamps", "spatial")
 
 
@@ -61,7 +54,7 @@ class NeoProcessor(ProcessorMixin):
     `NeoVideoProcessorKwargs`) can be set per call; `images_kwargs` and `videos_kwargs` set them separately.
 
     `allowed_media`, for servers, restricts how images and videos are given as strings: a list of "path", "url" (http
-    and https, public addresses only, redirects included) and "data" (`data:` URIs and base64). `None` allows all, and
+    and https, public addresses only, redirects included, up to 256 MiB) and "data" (`data:` URIs and base64). `None` allows all, and
     any address. It is saved with the processor. No argument of a call changes it, since servers pass on what clients
     send.
     """
@@ -150,7 +143,7 @@ class NeoProcessor(ProcessorMixin):
         """
         self._check_settings(kwargs)
         if self.allowed_media is not None:
-            images, videos = (_admit(media, self.allowed_media) for media in (images, videos))
+            images, videos = (admit_media(media, self.allowed_media) for media in (images, videos))
         return_offsets = kwargs.get("return_text_replacement_offsets")
         if videos is not None and text is not None:
             kwargs["return_text_replacement_offsets"] = True  # they tell the order of images and videos
@@ -195,7 +188,7 @@ class NeoProcessor(ProcessorMixin):
         conversation,
         *args,
         tokenize: bool = False,
-        sanitize_control_tokens: bool | None = None,
+        sanitize_control_tokens: bool = True,
         load_audio_from_video: bool = False,
         **kwargs,
     ):
@@ -206,9 +199,10 @@ class NeoProcessor(ProcessorMixin):
             conversation: messages, or a list of conversations. A system message comes first, an assistant's follows a
                 user's.
             tokenize: whether to return token ids instead of text.
-            sanitize_control_tokens: whether special tokens and placeholders in the messages are plain text, other than
-                those of boxes in the assistant's messages. Defaults to `tokenize`. Text gets marks, which the
-                processor understands.
+            sanitize_control_tokens: whether special tokens in the messages are plain text, other than those of boxes
+                in the assistant's messages. If text is returned, they have invisible marks, which the processor drops.
+                Placeholders in the messages are plain text if ids are returned; in text they stand for the images
+                that are passed with it.
             load_audio_from_video: ignored, since servers set it: NEO has no audio input.
 
         Raises:
@@ -223,8 +217,8 @@ class NeoProcessor(ProcessorMixin):
             _check_messages(getattr(messages, "messages", messages))
             for messages in (conversation if is_batched else [conversation])
         ]
-        if tokenize if sanitize_control_tokens is None else sanitize_control_tokens:
-            conversations = [self.mark_messages(messages) for messages in conversations]
+        if sanitize_control_tokens:
+            conversations = [self.mark_messages(messages, placeholders=tokenize) for messages in conversations]
         conversation = conversations if is_batched else conversations[0]
         kwargs["tokenize"] = tokenize
         return super().apply_chat_template(conversation, *args, **kwargs)
@@ -423,67 +417,6 @@ def _check_messages(messages) -> list[dict]:
             raise ValueError(f"The content of a message must be text or a list of parts, got {content!r:.200}.")
         checked.append(message)
     return checked
-
-
-def _admit(media, allowed: Collection[str]):
-    """
-    Images or videos, nested in lists or not, if they are of the kinds allowed. URLs are downloaded here, where each
-    redirect is checked.
-    """
-    if isinstance(media, (list, tuple)):
-        return [_admit(medium, allowed) for medium in media]
-    if not isinstance(media, (str, os.PathLike)):
-        return media
-    source = os.fspath(media)
-    if source.startswith(("http://", "https://")):
-        kind = "url"
-    elif source.startswith("data:"):
-        kind = "data"
-    else:
-        kind = "data" if _is_base64(source) else "path"
-    if kind not in allowed:
-        raise ValueError(
-            f"The medium {source[:100]!r} is a {kind}; allowed_media permits {', '.join(allowed) or 'none'}."
-        )
-    if kind == "url":
-        source = f"data:;base64,{base64.b64encode(_download(source)).decode()}"
-    elif kind == "data" and not source.startswith("data:"):
-        source = f"data:;base64,{source}"  # or it could still be taken for a path
-    return source
-
-
-def _is_base64(source: str) -> bool:
-    try:
-        return len(source) >= 200 and bool(
-            base64.b64decode("".join(source.split()), validate=True)
-        )  # as in load_image
-    except ValueError:
-        return False
-
-
-def _download(url: str) -> bytes:
-    """What is at a public address. Each redirect is checked like the URL itself."""
-    session = get_session()
-    request = session.build_request("GET", url, timeout=60)
-    for _ in range(MAX_REDIRECTS):
-        _check_address(request.url.host)
-        response = session.send(request, follow_redirects=False)
-        if response.next_request is None:
-            response.raise_for_status()
-            return response.content
-        request = response.next_request
-    raise ValueError(f"Cannot download {url:.200}: more than {MAX_REDIRECTS} redirects.")
-
-
-def _check_address(host: str):
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise ValueError(f"Cannot find the host {host!r}: {error}") from error
-    for *_, address in found:
-        ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
-        if not ip.is_global or ip.is_multicast:
-            raise ValueError(f"The host {host!r} has the address {ip}, which is not public; allowed_media forbids it.")
 
 
 def serialize_video(
