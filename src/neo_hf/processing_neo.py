@@ -55,8 +55,8 @@ class NeoProcessor(ProcessorMixin):
 
     `allowed_media`, for servers, restricts how images and videos are given as strings: a list of "path", "url" (http
     and https, up to 256 MiB, public addresses only, redirects included) and "data" (`data:` URIs and base64). `None`
-    allows all, and any address. It is saved with the processor. No argument of a call changes it, since servers pass on
-    what clients send.
+    allows all, and any address. It is saved with the processor. No argument of a call changes it, since servers pass
+    on what clients send.
     """
 
     valid_processor_kwargs: Any = NeoProcessorKwargs
