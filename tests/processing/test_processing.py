@@ -315,7 +315,7 @@ def data_uri(image):
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def test_allowed_media(processor, tokenizer, tmp_path):
+def test_allowed_media(processor, tokenizer, tmp_path, monkeypatch):
     file = tmp_path / "image.png"
     noise(64, 64).save(file)
     limited = NeoProcessor(processor.image_processor, tokenizer, allowed_media=["url", "data"])
@@ -335,6 +335,11 @@ def test_allowed_media(processor, tokenizer, tmp_path):
     uri = data_uri(noise(64, 64))
     for given in (uri, uri.partition(",")[2], noise(64, 64)):
         assert limited(text="<image>", images=given)["image_grid_hw"].tolist() == [[4, 4]]
+    name = "A" * 200  # base64, and the name of a file
+    noise(64, 64).save(tmp_path / name, format="png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="cannot identify image file"):
+        limited(text="<image>", images=name)
     with pytest.raises(ValueError, match="is a data; allowed_media permits none"):
         NeoProcessor(processor.image_processor, tokenizer, allowed_media=[])(text="<image>", images=uri)
     assert len(processor(text="<image>", images=str(file))["pixel_values"]) == 16
