@@ -43,7 +43,7 @@ def test_prefill_and_decoding(inputs):
 
 
 def test_training(inputs):
-    """A packed row: the inputs, and how many tokens count for the loss."""
+    """A packed row: token ids, grids and the number of tokens that count in the loss are read together."""
     del inputs["attention_mask"]
     documents = (torch.arange(inputs["input_ids"].shape[1]) > 8).long()[None]
     inputs |= {"labels": inputs["input_ids"], "document_ids": documents, "skip_logits": True}
@@ -53,5 +53,5 @@ def test_training(inputs):
     with faked_cuda() as device:
         loss = model(**to_cuda(inputs)).loss
         loss.backward()
-        assert len(device.reads) <= 2, device.reads
+        assert len(device.reads) <= 1, device.reads
         torch.testing.assert_close(loss.detach().cpu(), expected, rtol=0, atol=1e-5)
