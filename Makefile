@@ -8,7 +8,7 @@ FAST := -m "not slow"
 
 test test-floor test-newest test-gpu-offline fuzz fuzz-streams: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-floor test-newest test-gpu-offline fuzz fuzz-streams lint docs bench clean
+.PHONY: demo test test-floor test-newest test-gpu-offline fuzz fuzz-streams lint docs bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -62,6 +62,10 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/startup.py
+
+# For a machine with a CUDA device.
+bench-gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu.py --append benchmarks/RESULTS.md
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -44,7 +44,9 @@ def draw_layout(kind, generator):
     turns = [turn(), turn()]
     # Rows of the same length have the same turns in another order.
     rows = [turns, turns[::-1] if kind in ("images", "documents") else [turn(), turn()]]
-    first, second, whole = (max(map(len, ids)) for ids in zip(*([a[0], b[0], torch.cat([a[0], b[0]])] for a, b in rows)))
+    first, second, whole = (
+        max(map(len, ids)) for ids in zip(*([a[0], b[0], torch.cat([a[0], b[0]])] for a, b in rows))
+    )
     num_cached = first if "cached" in kind else 0
     num_keys = first + second if num_cached else whole
     token_ids = torch.zeros(2, num_keys, dtype=torch.long)
@@ -60,7 +62,9 @@ def draw_layout(kind, generator):
         token_ids[row, places], attention_mask[row, places] = torch.tensor(sum(ids, [])), 1
         document_ids[row, places[sizes[0] :]] = 1
         packed = kind == "documents"
-        seen[row, places[:, None], places], *_ = dense_mask_oracle(ids if packed else [sum(ids, [])], sum(sizes), 0, packed)
+        seen[row, places[:, None], places], *_ = dense_mask_oracle(
+            ids if packed else [sum(ids, [])], sum(sizes), 0, packed
+        )
 
     documents = document_ids if kind == "documents" else None
     grids = torch.cat([grids for row in rows for _, _, grids in row])
