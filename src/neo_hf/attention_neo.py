@@ -413,7 +413,8 @@ def attend_by_blocks(module, query, key, value, attention_mask: KeyRuns | BlockM
     mask = attention_mask.block_mask if isinstance(attention_mask, KeyRuns) else attention_mask
     options = kwargs.pop("kernel_options", None) or {}
     if "BACKEND" not in options:
-        # PyTorch's kernel for fewer than 128 queries cannot take 128 or more per key/value head, nor blocks of the main one.
+        # Not PyTorch's kernel for fewer than 128 queries: more than 128 per key/value head do not compile
+        # (pytorch/pytorch#185349).
         options = {"FORCE_USE_FLEX_ATTENTION": True} | options
     options = (find_kernel_options(query) or {}) | options
     kwargs |= {"scaling": scaling, "kernel_options": options}

@@ -48,8 +48,8 @@ class FakedTensor(torch.Tensor):
 
 class FakedCuda(TorchDispatchMode):
     """
-    Runs what is on the faked device. `reads` are the operators by which the host waited for it, in order, `uploads` the
-    shapes of tensors that the host sent to it.
+    Runs what is on the faked device. `reads`: the operators by which the host waited for it, in order. `uploads`:
+    shapes of the tensors that the host sent to it.
     """
 
     def __init__(self):

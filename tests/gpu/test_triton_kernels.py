@@ -1,4 +1,4 @@
-"""FlexAttention's Triton kernels without a card: they fit the memory of six, and equal eager in Triton's interpreter."""
+"""FlexAttention's Triton kernels without a card: they fit six cards, and equal eager in Triton's interpreter."""
 
 from types import SimpleNamespace
 
@@ -44,9 +44,8 @@ def draw_layout(kind, generator):
     turns = [turn(), turn()]
     # Rows of the same length have the same turns in another order.
     rows = [turns, turns[::-1] if kind in ("images", "documents") else [turn(), turn()]]
-    first, second, whole = (
-        max(map(len, ids)) for ids in zip(*([a[0], b[0], torch.cat([a[0], b[0]])] for a, b in rows))
-    )
+    first, second = (max(len(row[i][0]) for row in rows) for i in (0, 1))
+    whole = max(len(a[0]) + len(b[0]) for a, b in rows)
     num_cached = first if "cached" in kind else 0
     num_keys = first + second if num_cached else whole
     token_ids = torch.zeros(2, num_keys, dtype=torch.long)
@@ -58,15 +57,13 @@ def draw_layout(kind, generator):
         places = torch.arange(sum(sizes)) + start
         if num_cached:
             places[sizes[0] :] = first + torch.arange(sizes[1])
-        ids = [a[0].tolist(), b[0].tolist()]
-        token_ids[row, places], attention_mask[row, places] = torch.tensor(sum(ids, [])), 1
+        ids = torch.cat([a[0], b[0]])
+        token_ids[row, places], attention_mask[row, places] = ids, 1
         document_ids[row, places[sizes[0] :]] = 1
         packed = kind == "documents"
-        seen[row, places[:, None], places], *_ = dense_mask_oracle(
-            ids if packed else [sum(ids, [])], sum(sizes), 0, packed
-        )
+        documents = [a[0].tolist(), b[0].tolist()] if packed else [ids.tolist()]
+        seen[row, places[:, None], places] = dense_mask_oracle(documents, len(ids), 0, packed)[0]
 
-    documents = document_ids if kind == "documents" else None
     grids = torch.cat([grids for row in rows for _, _, grids in row])
     position_ids = allocate_position_ids(
         token_ids,
@@ -75,13 +72,15 @@ def draw_layout(kind, generator):
         image_start_token_id=IMAGE_START,
         spatial_merge_size=2,
         attention_mask=attention_mask,
-        document_ids=documents,
+        document_ids=document_ids if kind == "documents" else None,
     )
     cache = None
     if num_cached:
         cache = DynamicCache()
         cache.update(torch.zeros(2, 1, num_cached, 1), torch.zeros(2, 1, num_cached, 1), 0)
-    runs = find_key_runs(position_ids[..., num_cached:], attention_mask, documents, cache)
+    runs = find_key_runs(
+        position_ids[..., num_cached:], attention_mask, document_ids if kind == "documents" else None, cache
+    )
     return runs, seen[:, num_cached:]
 
 

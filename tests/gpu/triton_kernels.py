@@ -52,9 +52,11 @@ def fresh_processes(**environment: str):
     A pool that runs each function in a new process without GPUs, with these variables in its environment. Inductor
     remembers the card for as long as a process lives.
     """
-    with patch.dict(os.environ, environment, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-            yield pool
+    with (
+        patch.dict(os.environ, environment, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"),
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool,
+    ):
+        yield pool
 
 
 def faked_card(stack: ExitStack, capability: int):
