@@ -6,9 +6,9 @@ INSTALLED := $(VENV)/installed
 PYTEST := -m pytest --numprocesses auto --dist loadfile
 FAST := -m "not slow"
 
-test test-floor test-newest fuzz fuzz-streams: export OMP_NUM_THREADS := 1
+test test-floor test-newest test-gpu-offline fuzz fuzz-streams: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-floor test-newest test-gpu-offline fuzz fuzz-streams lint docs bench clean
+.PHONY: demo test test-floor test-newest test-gpu-offline fuzz fuzz-streams lint docs bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -38,9 +38,14 @@ fuzz: $(INSTALLED)
 fuzz-streams: $(INSTALLED)
 	$(BIN)/python -m pytest tests/generation/test_stream_operations.py --hypothesis-profile nightly
 
-# FlexAttention's kernels compiled for cards that are not there; skipped without the triton package of this torch.
-test-gpu-offline: $(INSTALLED)
-	$(BIN)/python -m pytest tests/gpu
+# FlexAttention's Triton kernels without a card: compiled for six, and interpreted. torch's CPU build comes without
+# triton, so it lies in a folder of its own.
+test-gpu-offline: $(INSTALLED) .triton/installed
+	PYTHONPATH=.triton $(BIN)/python -m pytest --numprocesses auto tests/gpu
+
+.triton/installed: constraints.txt | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .triton --constraint constraints.txt triton
+	touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -58,6 +63,10 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/startup.py
 
+# For a machine with a CUDA device.
+bench-gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu.py --append benchmarks/RESULTS.md
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -65,4 +74,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-floor .venv-newest site
+	rm -rf $(VENV) .venv-floor .venv-newest .triton site

@@ -53,16 +53,16 @@ def build_neo(layers, implementation="neo", tiny=False, **text_config):
     return model.eval().to(DEVICE)
 
 
-def build_qwen(tiny=False):
+def build_qwen(tiny=False, layers=3, vision_layers=2, taps=(0,)):
     torch.manual_seed(0)
-    text_config = {"num_hidden_layers": 3, "head_dim": 128, "vocab_size": 151_936} | (TINY if tiny else WIDTHS)
+    text_config = {"num_hidden_layers": layers, "head_dim": 128, "vocab_size": 151_936} | (TINY if tiny else WIDTHS)
     vision_config = {
-        "depth": 2,
+        "depth": vision_layers,
         "hidden_size": 64 if tiny else 1024,
         "intermediate_size": 128 if tiny else 4096,
         "num_heads": 2 if tiny else 16,
         "out_hidden_size": text_config["hidden_size"],
-        "deepstack_visual_indexes": [0],
+        "deepstack_visual_indexes": list(taps),
     }
     config = Qwen3VLConfig(
         text_config=text_config,
@@ -76,12 +76,12 @@ def build_qwen(tiny=False):
     return model.eval().to(DEVICE)
 
 
-def image_prompt(images, side):
+def image_prompt(images, side, text=TEXT_TOKENS):
     """Prompt of images of `side` x `side` visual tokens, text before each: ids (1, L) and grids (N, 2)."""
     generator = torch.Generator().manual_seed(0)
     ids = []
     for _ in range(images):
-        ids += torch.randint(10, 1000, (TEXT_TOKENS,), generator=generator).tolist()
+        ids += torch.randint(10, 1000, (text,), generator=generator).tolist()
         ids += [START, *[IMAGE] * side**2, END]
     return torch.tensor([ids], device=DEVICE), torch.tensor([[2 * side, 2 * side]] * images, device=DEVICE)
 

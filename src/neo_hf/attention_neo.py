@@ -411,8 +411,13 @@ def attend_by_tiles(module, query, key, value, attention_mask: KeyRuns, scaling:
 def attend_by_blocks(module, query, key, value, attention_mask: KeyRuns | BlockMask, scaling: float, **kwargs):
     """FlexAttention. `kernel_options` (see `torch.nn.attention.flex_attention`) override those chosen for the card."""
     mask = attention_mask.block_mask if isinstance(attention_mask, KeyRuns) else attention_mask
-    options = (find_kernel_options(query) or {}) | (kwargs.pop("kernel_options", None) or {})
-    kwargs |= {"scaling": scaling, "kernel_options": options or None}
+    options = kwargs.pop("kernel_options", None) or {}
+    if "BACKEND" not in options:
+        # Not PyTorch's kernel for fewer than 128 queries: more than 128 per key/value head do not compile
+        # (pytorch/pytorch#185349).
+        options = {"FORCE_USE_FLEX_ATTENTION": True} | options
+    options = (find_kernel_options(query) or {}) | options
+    kwargs |= {"scaling": scaling, "kernel_options": options}
     if is_tracing(query):
         return flex_attention_forward(module, query, key, value, mask, **kwargs)[0], None
     # A layout of heads takes up to five graphs. If dynamo gave up compiling, it would materialise the L x S scores.

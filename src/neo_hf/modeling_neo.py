@@ -30,7 +30,7 @@ from .self_test_neo import check_transformers
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -228,6 +228,20 @@ class NeoCausalLMOutputWithPast(CausalLMOutputWithPast):
     image_hidden_states: torch.Tensor | None = None
 
 
+class HostFacts(NamedTuple):
+    """
+    What the host knows about the inputs of a forward, `None` where it is not known.
+
+    image_grid_hw: (N, 2), in host memory.
+    num_image_tokens: the number of image tokens in `input_ids`.
+    num_targets: the number of tokens that count in the loss.
+    """
+
+    image_grid_hw: torch.Tensor | None
+    num_image_tokens: int | None = None
+    num_targets: int | None = None
+
+
 class NeoModel(NeoPreTrainedModel):
     """Patch embedding and decoder, without the output head."""
 
@@ -349,6 +363,7 @@ class NeoModel(NeoPreTrainedModel):
         image_grid_thw: torch.Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        host_facts: HostFacts | None = None,
         **kwargs,
     ) -> NeoModelOutputWithPast:
         """
@@ -363,6 +378,7 @@ class NeoModel(NeoPreTrainedModel):
             document_ids: (B, L), the same for all tokens of a document in a packed row, different for adjacent ones.
             mm_encoder_outputs: `{"image": ...}` from `get_image_features`, instead of `pixel_values`.
             image_grid_thw: (N, 3) (1, rows, columns), instead of `image_grid_hw`, as TRL's GRPO passes grids.
+            host_facts: what `read_on_host` returned, if it was called before.
 
         Raises:
             ValueError: inputs are mutually exclusive, images and image tokens do not match in number, grids do not
@@ -381,7 +397,7 @@ class NeoModel(NeoPreTrainedModel):
         num_image_tokens = None
         if inputs_embeds is None:
             assert input_ids is not None
-            image_grid_hw, num_image_tokens = self._read_on_host(input_ids, image_grid_hw)
+            image_grid_hw, num_image_tokens, _ = host_facts or self.read_on_host(input_ids, image_grid_hw)
             inputs_embeds = self.get_input_embeddings()(input_ids)
         visual_tokens = self._embed_images(pixel_values, image_grid_hw, mm_encoder_outputs)
         needs_ids = visual_tokens is not None or position_ids is None or position_ids.ndim == 2
@@ -415,22 +431,25 @@ class NeoModel(NeoPreTrainedModel):
         remember_end(outputs.get(CACHE_NAME), position_ids, known_ids, attention_mask, self._image_start_token_id)
         return NeoModelOutputWithPast(**outputs, image_hidden_states=visual_tokens)
 
-    def _read_on_host(
-        self, input_ids: torch.Tensor, image_grid_hw: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, int | None]:
+    def read_on_host(
+        self,
+        input_ids: torch.Tensor,
+        image_grid_hw: torch.Tensor | None,
+        weights: torch.Tensor | None = None,
+    ) -> HostFacts:
         """
         Get what the host must know about the inputs in a single read from the device; a decoding step needs none.
 
-        Returns:
-            `image_grid_hw` in host memory, and the number of image tokens, `None` if unknown.
+        Args:
+            weights: of the targets in the loss, to count those that are not 0.
 
         Raises:
             ValueError: a token id is outside the vocabulary.
         """
         if is_tracing(input_ids):
-            return image_grid_hw, None
+            return HostFacts(image_grid_hw)
         if input_ids.shape[-1] < 2:
-            return image_grid_hw, 0 if image_grid_hw is None else None
+            return HostFacts(image_grid_hw, 0 if image_grid_hw is None else None)
         is_image = input_ids == self._image_token_id
         facts = torch.stack([*input_ids.aminmax(), is_image.sum()])
         is_on_device = (
@@ -440,11 +459,14 @@ class NeoModel(NeoPreTrainedModel):
         )
         if is_on_device:
             facts = torch.cat([facts, image_grid_hw.flatten()])  # type: ignore[union-attr]
-        low, high, num_image_tokens, *grid = facts.tolist()
+        if weights is not None:
+            facts = torch.cat([facts, weights.count_nonzero()[None].to(facts.device)])
+        low, high, num_image_tokens, *rest = facts.tolist()
         check_token_ids(low, high, self.config.text_config.vocab_size)
+        num_targets = None if weights is None else rest.pop()
         if is_on_device:
-            image_grid_hw = torch.tensor(grid, dtype=torch.long).view(image_grid_hw.shape)  # type: ignore[union-attr]
-        return image_grid_hw, num_image_tokens
+            image_grid_hw = torch.tensor(rest, dtype=torch.long).view(image_grid_hw.shape)  # type: ignore[union-attr]
+        return HostFacts(image_grid_hw, num_image_tokens, num_targets)
 
     def _embed_images(self, pixel_values, image_grid_hw, mm_encoder_outputs) -> torch.Tensor | None:
         """Visual tokens (V, E) of all images, `None` if there are none."""
@@ -583,6 +605,26 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin, NeoCha
             use_cache = False  # gradient checkpointing runs layers twice, which would fill it twice
         if kernel_options is not None:
             kwargs["kernel_options"] = kernel_options
+        image_grid_hw = without_time(image_grid_hw, image_grid_thw)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if labels is not None and shift_labels is None and tokens is not None:
+            num_kept = len(range(tokens.shape[1])[kept]) if isinstance(kept, slice) else len(kept)
+            if num_kept != labels.shape[1]:
+                raise ValueError(
+                    f"labels of {labels.shape[1]} tokens need the logits of all of them, but logits_to_keep keeps "
+                    f"{num_kept}. Give shift_labels of the tokens that are kept."
+                )
+        targets, weights = self._find_targets(labels, shift_labels, loss_weight, attention_mask, document_ids)
+        if skip_logits and targets is None:
+            raise ValueError("skip_logits=True leaves nothing to compute without labels.")
+        # A wrapped or replaced head (an adapter) returns only logits, and a custom loss needs them.
+        skips_logits = (
+            skip_logits and isinstance(self.lm_head, NeoOutputHead) and self.loss_function is weighted_cross_entropy
+        )
+        host_facts = None
+        if skips_logits and input_ids is not None:
+            host_facts = self.model.read_on_host(input_ids, image_grid_hw, weights)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -592,28 +634,26 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin, NeoCha
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             image_grid_hw=image_grid_hw,
-            image_grid_thw=image_grid_thw,
             document_ids=document_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             use_cache=use_cache,
+            host_facts=host_facts,
             return_dict=True,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = outputs.last_hidden_state[:, kept]
-        targets, weights = self._find_targets(
-            labels, shift_labels, loss_weight, attention_mask, document_ids, hidden_states
-        )
+        if targets is not None and weights is not None:
+            targets, weights = targets.to(hidden_states.device), weights.to(hidden_states.device)
         logits = loss = None
-        if skip_logits and targets is None:
-            raise ValueError("skip_logits=True leaves nothing to compute without labels.")
-        # A wrapped or replaced head (an adapter) returns only logits, and a custom loss needs them.
-        is_own_loss = isinstance(self.lm_head, NeoOutputHead) and self.loss_function is weighted_cross_entropy
-        if skip_logits and is_own_loss:
+        if skips_logits:
             assert targets is not None
             assert weights is not None
             total = weights.sum() if num_items_in_batch is None else num_items_in_batch
-            counted = weights.flatten().nonzero()[:, 0]  # once, since the host waits for their number
+            is_counted = weights.flatten() != 0
+            if host_facts is None or host_facts.num_targets is None:
+                counted = is_counted.nonzero()[:, 0]  # once, since the host waits for their number
+            else:
+                counted = is_counted.int().argsort(descending=True, stable=True)[: host_facts.num_targets]
             loss = self.lm_head(*(x.flatten(0, 1)[counted] for x in (hidden_states, targets, weights)), total)
         else:
             logits = self.lm_head(hidden_states)
@@ -637,23 +677,16 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin, NeoCha
         )
 
     def _find_targets(
-        self, labels, shift_labels, loss_weight, attention_mask, document_ids, hidden_states
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        self, labels, shift_labels, loss_weight, attention_mask, document_ids
+    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
         """Target and weight (B, kept tokens) of each token whose logits are kept, `None` without labels."""
-        device = hidden_states.device
         if shift_labels is not None:
-            targets = shift_labels.to(device)
-            targets = targets.masked_fill(targets == self._image_token_id, IGNORE_INDEX)
-            return targets, target_weights(targets, None if loss_weight is None else loss_weight.to(device))
+            targets = shift_labels.masked_fill(shift_labels == self._image_token_id, IGNORE_INDEX)
+            return targets, target_weights(targets, None if loss_weight is None else loss_weight.to(targets.device))
         if labels is None:
             return None, None
-        if hidden_states.shape[1] != labels.shape[1]:
-            raise ValueError(
-                f"labels of {labels.shape[1]} tokens need the logits of all of them, but logits_to_keep keeps "
-                f"{hidden_states.shape[1]}. Give shift_labels of the tokens that are kept."
-            )
         return next_token_targets(
-            labels.to(device),
+            labels,
             image_token_id=self._image_token_id,
             loss_weight=loss_weight,
             attention_mask=attention_mask,

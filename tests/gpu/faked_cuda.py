@@ -47,21 +47,25 @@ class FakedTensor(torch.Tensor):
 
 
 class FakedCuda(TorchDispatchMode):
-    """Runs what is on the faked device. `reads` are the operators by which the host waited for it, in order."""
+    """
+    Runs what is on the faked device. `reads`: the operators by which the host waited for it, in order. `uploads`:
+    shapes of the tensors that the host sent to it.
+    """
 
     def __init__(self):
         super().__init__()
         self.reads: list[str] = []
+        self.uploads: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         wrappers = {}
-        mixed = []
+        on_host = []
 
         def unwrap(x):
             if not isinstance(x, FakedTensor):
-                if isinstance(x, torch.Tensor) and x.ndim:
-                    mixed.append(x)
+                if isinstance(x, torch.Tensor):
+                    on_host.append(x)
                 return x
             wrappers[id(x.values_on_host)] = x
             return x.values_on_host
@@ -75,6 +79,9 @@ class FakedCuda(TorchDispatchMode):
 
         name = func.overloadpacket.__name__
         is_copy = name in ("_to_copy", "copy_")
+        mixed = [x for x in on_host if x.ndim]
+        if on_device and is_copy:
+            self.uploads += [tuple(x.shape) for x in on_host]
         if wrappers and mixed and not is_copy and name not in ("index", "index_put", "index_put_"):
             raise RuntimeError(f"{name}: tensors on cuda:0 and cpu, {[tuple(x.shape) for x in mixed]}")
         indices = args[1] if name in ("index", "index_put", "index_put_") else ()

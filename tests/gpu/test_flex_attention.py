@@ -36,7 +36,8 @@ def test_options_of_the_user_win(monkeypatch):
     inputs = one(random_prompt(torch.Generator().manual_seed(1), [(2, 3)]))
     with patch.object(attention_neo, "flex_attention_forward", record):
         model.generate(**inputs, max_new_tokens=2, do_sample=False, kernel_options={"fwd_BLOCK_M": 64})
-    assert seen == [{"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 16, "fwd_num_stages": 2, "fwd_num_warps": 4}]
+    chosen = {"fwd_BLOCK_N": 16, "fwd_num_stages": 2, "fwd_num_warps": 4, "FORCE_USE_FLEX_ATTENTION": True}
+    assert seen == [chosen | {"fwd_BLOCK_M": 64}]
 
 
 def test_no_fallback_to_dense_scores(monkeypatch):

@@ -1,0 +1,344 @@
+"""
+NEO-2B on a GPU, compared with its other attention paths and with Qwen3-VL-2B.
+
+    python benchmarks/gpu.py [--append benchmarks/RESULTS.md]
+
+Random weights at full depth, bfloat16. Measured are attention alone (FlexAttention with the kernel options that the
+project chooses, with PyTorch's and with those for small cards; SDPA with a dense mask; SDPA's fast kernels, called for
+each run of text or image), time to first token, decoding, and a training step on 16K packed tokens with its share of
+the card's peak rate (MFU). Candidates alternate within a round; figures are medians, peak memory is beyond what was in
+use before. What fails, for lack of memory for instance, is named in its cell. `--tiny` is a smoke test on a narrow
+model and short prompts, also on a CPU.
+"""
+
+import argparse
+import datetime
+import gc
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from speed import (
+    DEVICE,
+    DTYPE,
+    TINY,
+    WIDTHS,
+    build_neo,
+    build_qwen,
+    clock,
+    first_token,
+    image_prompt,
+    neo_inputs,
+    patch_embedding_operations,
+    qwen_inputs,
+    table,
+)
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
+from tqdm import tqdm
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
+
+from neo_hf.attention_neo import (
+    SMALL_SHARED_MEMORY,
+    attend_by_blocks,
+    attend_by_sdpa,
+    find_key_runs,
+    kernel_options_of,
+)
+
+# Peak rates of dense bfloat16 matrix products from data sheets, in FLOP/s, by a part of the card's name.
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+class Attention(torch.nn.Module):
+    """What the attention functions of transformers read from a layer."""
+
+    num_key_value_groups = 2
+    is_causal = True
+
+
+def compare(functions, rounds):
+    """
+    Median seconds and peak bytes of each function, or the error that it raised. Functions alternate; the first round
+    is a warm-up and does not count.
+    """
+    times = {name: [] for name in functions}
+    peaks, results = {}, {}
+    for number in range(rounds + 1):
+        for name, function in functions.items():
+            if name in results:
+                continue
+            if DEVICE == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            try:
+                seconds = clock(function)[1]
+            except RuntimeError as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                results[name] = type(error).__name__
+                gc.collect()
+                torch.cuda.empty_cache()
+                continue
+            if number:
+                times[name].append(seconds)
+            if DEVICE == "cuda":
+                peaks[name] = torch.cuda.max_memory_allocated() - before
+    medians = {name: (statistics.median(values), peaks.get(name)) for name, values in times.items() if values}
+    return {name: results.get(name, medians.get(name)) for name in functions}
+
+
+def attend_by_segments(query, key, value, segments, scale):
+    """
+    SDPA for each run of text (causal) or image (bidirectional), over all keys up to its end: no mask is stored, so its
+    fast kernels apply. Same shapes and result as attention with the mask of the runs.
+    """
+    value = F.pad(value, (0, query.shape[-1] - value.shape[-1]))
+    parts = []
+    for start, end, is_image in segments:
+        mask = None if is_image or end - start == 1 else causal_lower_right(end - start, end)
+        parts.append(
+            F.scaled_dot_product_attention(
+                query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask, scale=scale, enable_gqa=True
+            )
+        )
+    return torch.cat(parts, 2)[..., : value.shape[-1] // 2].transpose(1, 2)
+
+
+def measure_attention(images, side, text, tiny):
+    """Attention of one layer, forward, and forward with backward."""
+    widths = TINY if tiny else WIDTHS
+    size = text + side**2 + 2
+    length = images * size
+    # T indices: each text token has its own, an image one.
+    places = torch.arange(length, device=DEVICE) % size
+    steps = (places <= text + 1) | (places == size - 1)
+    runs = find_key_runs(torch.stack([steps.long().cumsum(-1)[None]] * 3))
+    segments = []
+    for image in range(images):
+        start = image * size + text + 1
+        segments += [(max(start - text - 2, 0), start, False), (start, start + side**2, True)]
+    segments.append((length - 1, length, False))
+    module, scale = Attention().train(), 128**-0.5
+    inputs = [
+        torch.randn(1, widths[heads], length, width, device=DEVICE, dtype=DTYPE)
+        for heads, width in (("num_attention_heads", 256), ("num_key_value_heads", 256), ("num_key_value_heads", 128))
+    ]
+    dense = runs.dense()
+    added = torch.zeros(dense.shape, dtype=DTYPE, device=DEVICE).masked_fill(~dense, torch.finfo(DTYPE).min)
+    small = kernel_options_of(DTYPE, SMALL_SHARED_MEMORY)
+    candidates = {
+        "FlexAttention": lambda *x: attend_by_blocks(module, *x, runs, scale)[0],
+        "PyTorch's options": lambda *x: flex_attention_forward(module, *x, runs.block_mask, scaling=scale)[0],
+        "options of small cards": lambda *x: attend_by_blocks(module, *x, runs, scale, kernel_options=small)[0],
+        "SDPA, dense mask": lambda *x: attend_by_sdpa(module, *x, dense, scale)[0],
+        "SDPA, run by run": lambda *x: attend_by_segments(*x, segments, scale),
+        "eager": lambda *x: eager_attention_forward(module, *x, added, scale)[0],
+    }
+    outputs = {}
+
+    @torch.no_grad()
+    def forward(name):
+        outputs[name] = candidates[name](*inputs)
+
+    def both(name):
+        output = candidates[name](*(x.detach().requires_grad_() for x in inputs))
+        output.backward(torch.ones_like(output))
+
+    results = {
+        step: compare({name: partial(run, name) for name in candidates}, 5)
+        for step, run in (("forward", forward), ("forward and backward", both))
+    }
+    reference = next(iter(outputs))
+    for name, output in outputs.items():
+        difference = float((output - outputs[reference]).abs().max())
+        if difference > 0.05:
+            raise AssertionError(f"{name} differs from {reference} by {difference:.3f} at {length} tokens.")
+    return results
+
+
+def by_implementation(model, run):
+    """The function with each of the model's attention implementations."""
+
+    def switched(name):
+        model.set_attn_implementation(name)
+        run()
+
+    return {name: partial(switched, name) for name in ("neo", "sdpa", "eager")}
+
+
+@torch.no_grad()
+def measure_first_token(neo, qwen, images, side):
+    prompt = image_prompt(images, side)
+    functions = by_implementation(neo, first_token(neo, neo_inputs(*prompt)))
+    return compare(functions | {"Qwen3-VL": first_token(qwen, qwen_inputs(*prompt))}, 5)
+
+
+def measure_decoding(neo, qwen, images, side, tokens):
+    """Seconds per token of `generate()` after the first: with a growing cache, and compiled with a static one."""
+    prompt = image_prompt(images, side)
+    neo.set_attn_implementation("neo")
+    functions = {}
+    for name, model, inputs in (("neo", neo, neo_inputs(*prompt)), ("Qwen3-VL", qwen, qwen_inputs(*prompt))):
+        for cache in (None, "static"):
+            for count in (1, tokens + 1):
+                functions[name, cache, count] = partial(
+                    model.generate,
+                    **inputs,
+                    min_new_tokens=count,
+                    max_new_tokens=count,
+                    do_sample=False,
+                    cache_implementation=cache,
+                )
+    results = compare(functions, 3)
+    per_token = {}
+    for name, cache, count in functions:
+        if count > 1:
+            whole, first = results[name, cache, count], results[name, cache, 1]
+            failed = next((x for x in (whole, first) if isinstance(x, str)), None)
+            per_token[name, cache or "growing"] = failed or ((whole[0] - first[0]) / tokens, whole[1])
+    return per_token
+
+
+def measure_training(build, make_inputs, implementations, rows, side, text, tiny):
+    """
+    A step of AdamW with checkpointed layers, and the operations of the model in it: for a packed row (NEO), or a batch
+    of documents of the same length (Qwen3-VL).
+    """
+    model = build().train()
+    model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    ids, grids = image_prompt(rows, side, text)
+    inputs = make_inputs(ids, grids)
+    if implementations:
+        documents = torch.arange(rows, device=DEVICE).repeat_interleave(ids.shape[1] // rows)[None]
+        inputs |= {"document_ids": documents, "skip_logits": True, "labels": ids}
+    else:
+        inputs = {k: x.view(rows, -1) if k in ("input_ids", "mm_token_type_ids") else x for k, x in inputs.items()}
+        inputs["labels"] = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] == 1, -100)
+
+    def step():
+        model(**inputs, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    functions = by_implementation(model, step) if implementations else {"Qwen3-VL": step}
+    results = compare({name: functions[name] for name in implementations or functions}, 3)
+    operations = training_operations(model, ids, grids, documents) if implementations else None
+    return results, operations
+
+
+def training_operations(model, ids, grids, documents):
+    """Floating-point operations of forward and backward, without those of recomputed layers."""
+    config = model.config.text_config
+    layer = model.get_decoder().layers[0]
+    linear = sum(weight.numel() for weight in layer.parameters() if weight.ndim == 2) * ids.shape[1]
+    runs = find_key_runs(model.model.get_position_ids(ids, grids, document_ids=documents), document_ids=documents)
+    pairs = int((runs.last - runs.first).sum())
+    attention = pairs * config.num_attention_heads * (config.qk_head_dim + config.head_dim)
+    head = model.lm_head.weight.numel() * int((ids != model.config.image_token_id).sum())
+    forward = 2 * (config.num_hidden_layers * (linear + attention) + head)
+    return 3 * (forward + patch_embedding_operations(model, int(grids.prod(-1).sum())))
+
+
+def cells(results, unit=1e3):
+    """A cell per result: milliseconds, ratio to the first, peak memory."""
+    first = next(iter(results.values()))
+    line = []
+    for result in results.values():
+        if isinstance(result, str):
+            line.append(result)
+            continue
+        seconds, peak = result
+        parts = [f"{unit * seconds:,.2f} ms"]
+        if not isinstance(first, str):
+            parts.append(f"{seconds / first[0]:.2f}")
+        if peak is not None:
+            parts.append(f"{peak / 2**20:,.0f} MB")
+        line.append(", ".join(parts))
+    return line
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--append", type=Path, help="file that the results are added to")
+    parser.add_argument("--tiny", action="store_true", help="see that it runs")
+    arguments = parser.parse_args()
+    tiny = arguments.tiny
+    if DEVICE != "cuda" and not tiny:
+        parser.error("no CUDA device was found; --tiny runs a smoke test without one")
+    transformers.logging.set_verbosity_error()
+
+    side, text, counts, rows = (4, 6, (2, 3), 2) if tiny else (32, 14, (1, 4, 16), 16)
+    size = side**2 + text + 2
+    layers = 2 if tiny else 40
+    make_neo = partial(build_neo, layers, tiny=tiny)
+    make_qwen = partial(build_qwen, tiny, *((2, 2, (0,)) if tiny else (28, 24, (5, 11, 17))))
+    parts = ["Each cell: time, its ratio to the first of the row, peak memory.\n"]
+    progress = tqdm(total=2 * len(counts) + 2, file=sys.stderr)
+
+    def begin(name):
+        progress.set_description(name)
+        progress.update()
+
+    lines = []
+    for images in counts:
+        begin(f"attention, {images} images")
+        for step, results in measure_attention(images, side, text, tiny).items():
+            lines.append([f"{images * size:,}", step, *cells(results)])
+    parts += ["Attention of one layer:\n", table(["tokens", "", *results], lines)]
+
+    neo, qwen = make_neo(), make_qwen()
+    lines = []
+    for images in counts:
+        begin(f"first token, {images} images")
+        results = measure_first_token(neo, qwen, images, side)
+        lines.append([f"{images * (side**2 + 16):,}", *cells(results)])
+    parts += ["Time to first token:\n", table(["tokens", *results], lines)]
+
+    begin("decoding")
+    results = measure_decoding(neo, qwen, counts[1], side, 4 if tiny else 64)
+    names = [f"{name}, {cache} cache" for name, cache in results]
+    parts += [f"A decoding step of `generate()` after {counts[1]} images:\n", table(names, [cells(results)])]
+    del neo, qwen
+    gc.collect()
+    torch.cuda.empty_cache()
+
+    begin("training")
+    side, text = (4, 16) if tiny else (22, 538)
+    results, operations = measure_training(make_neo, neo_inputs, ("neo", "sdpa"), rows, side, text, tiny)
+    gc.collect()
+    results |= measure_training(make_qwen, qwen_inputs, (), rows, side, text, tiny)[0]
+    tokens = rows * (side**2 + text + 2)
+    parts += [f"A training step on {tokens:,} tokens, {rows} documents:\n", table(list(results), [cells(results)])]
+    progress.close()
+
+    card = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    peak = next((rate for name, rate in PEAKS.items() if name in card), None)
+    if peak and not isinstance(results["neo"], str):
+        rate = operations / results["neo"][0]
+        parts.append(f"NEO trains at {rate / 1e12:,.0f} TFLOP/s, {rate / peak:.0%} of the peak of the data sheet.\n")
+    date = datetime.date.today().isoformat()
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    report = f"## {date}, {card}\n\n{str(DTYPE).removeprefix('torch.')}, {versions}.\n\n### GPU (`gpu.py`)\n\n"
+    report += "\n".join(parts)
+    print(report)
+    if arguments.append:
+        with arguments.append.open("a") as file:
+            file.write(f"\n{report}")
+
+
+if __name__ == "__main__":
+    main()
