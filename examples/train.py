@@ -25,12 +25,11 @@ from neo_hf.training import (
     PaddedCollator,
     SampledAnswers,
     SampleStream,
-    Source,
     fill_rows,
     load_samples,
     prepare_for_stage,
 )
-from neo_hf.training.collators import LOSS_WEIGHTINGS
+from neo_hf.training.arguments import DataArguments
 from neo_hf.training.stages import STAGES
 
 
@@ -47,25 +46,6 @@ class ModelArguments:
     )
     min_pixels: int | None = field(default=None, metadata={"help": "Pixel budget per image; saved with the model."})
     max_pixels: int | None = field(default=None, metadata={"help": "Pixel budget per image; saved with the model."})
-
-
-@dataclass
-class DataArguments:
-    train_data: list[str] = field(metadata={"help": ".json or .jsonl files, or Hub ids of datasets, streamed."})
-    train_weights: list[float] | None = field(
-        default=None, metadata={"help": "How often to draw from each; equal by default."}
-    )
-    eval_data: list[str] = field(default_factory=list, metadata={"help": ".json or .jsonl files, or Hub ids."})
-    data_root: str | None = field(
-        default=None, metadata={"help": "Folder that relative paths of images and videos start from."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Pack rows of this many tokens; pad to the longest sample by default."}
-    )
-    loss_weighting: str = field(default="square", metadata={"help": f"{', '.join(LOSS_WEIGHTINGS)}."})
-    num_answers: int = field(
-        default=4, metadata={"help": "Answers to write to output_dir/answers at each evaluation."}
-    )
 
 
 def parse_arguments(argv: list[str]):
@@ -96,25 +76,6 @@ def load(arguments: ModelArguments):
     return model, processor
 
 
-def sources(files: list[str], root: str | None, weights: list[float] | None = None) -> list[Source]:
-    weights = weights or [1.0] * len(files)
-    if len(weights) != len(files):
-        raise ValueError(
-            f"train_weights must have one weight per source, got {len(weights)} for {len(files)} sources."
-        )
-    return [
-        Source(read(file), root=root, weight=weight, name=file) for file, weight in zip(files, weights, strict=True)
-    ]
-
-
-def read(name: str):
-    if name.endswith((".json", ".jsonl")):
-        return name
-    import datasets
-
-    return datasets.load_dataset(name, split="train", streaming=True)
-
-
 def last_checkpoint(folder: str) -> str | None:
     """The last complete checkpoint: trainer_state.json, which is written last, can be read."""
     states = Path(folder).glob("checkpoint-[0-9]*/trainer_state.json")
@@ -133,12 +94,12 @@ def main():
     training_args.remove_unused_columns = False  # the collator needs them, not the model
     set_seed(training_args.seed)
 
-    train_sources = sources(data_args.train_data, data_args.data_root, data_args.train_weights)
-    eval_sources = sources(data_args.eval_data, data_args.data_root)
+    train_sources = data_args.sources(data_args.train_data, data_args.train_weights)
+    eval_sources = data_args.sources(data_args.eval_data)
     model, processor = load(model_args)
     prepare_for_stage(model, model_args.stage)
 
-    train_data = SampleStream(train_sources, processor, seed=training_args.seed)
+    train_data = SampleStream(train_sources, processor, seed=training_args.seed, weighting=data_args.weighting)
     eval_data = eval_samples = load_samples(eval_sources, processor)
     pad, weighting = processor.tokenizer.pad_token_id, data_args.loss_weighting
     if data_args.max_length is None:

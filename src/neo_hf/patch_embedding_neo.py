@@ -52,6 +52,11 @@ class NeoPatchEmbedding(nn.Module):
         return features, self._merge_patches(features, grid_hw)
 
     def _check(self, pixel_values: torch.Tensor, grid_hw: torch.Tensor):
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values must be normalised floating-point numbers, got {pixel_values.dtype}: uint8 patches of "
+                "training samples pass through neo_hf.training.normalize_patches first."
+            )
         num_patches, patch_dim = pixel_values.shape
         expected_dim = self.config.num_channels * self.config.patch_size**2
         if patch_dim != expected_dim:

@@ -14,7 +14,16 @@ from transformers import Trainer, TrainingArguments
 from neo_hf.indexing_neo import document_starts
 from neo_hf.loss_neo import NeoOutputHead
 from neo_hf.raw import RAW_TO_NEO
-from neo_hf.training import NeoTrainer, NonFiniteLossError, prepare_for_stage
+from neo_hf.training import (
+    NeoTrainer,
+    NonFiniteLossError,
+    SampleStream,
+    Source,
+    encode_record,
+    normalize_patches,
+    prepare_for_stage,
+    sources,
+)
 
 
 def make_samples(count=8, seed=0):
@@ -311,6 +320,67 @@ def test_evaluation(tiny, tmp_path):
         expected = tiny(**without_names(collate(samples))).loss
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
     assert trainer.predict(samples).predictions[0].shape[-1] == 512
+
+
+def test_uint8_patches(tiny, tmp_path, processor):
+    """Normalised on the device, they train as float patches do, step for step and in evaluation."""
+    samples = make_samples()
+    for number, sample in enumerate(samples):
+        if "pixel_values" in sample:
+            generator = torch.Generator().manual_seed(number)
+            sample["pixel_values"] = torch.randint(0, 256, sample["pixel_values"].shape, generator=generator).byte()
+    floats = [
+        sample | {"pixel_values": normalize_patches(sample["pixel_values"], processor.image_processor)}
+        if "pixel_values" in sample
+        else sample
+        for sample in samples
+    ]
+    runs = []
+    for data in (samples, floats):
+        arguments = training_arguments(tmp_path, per_device_train_batch_size=2)
+        trainer = NeoTrainer(
+            copy.deepcopy(tiny), arguments, collate, data, eval_dataset=data, processing_class=processor
+        )
+        trainer.train()
+        runs.append([*losses(trainer), trainer.evaluate()["eval_loss"]])
+    assert runs[0] == runs[1]
+    with pytest.raises(ValueError, match="needs processing_class=processor, got None"):
+        train(copy.deepcopy(tiny), samples, tmp_path)
+    inputs = without_names(collate(samples))
+    with pytest.raises(ValueError, match=r"pixel_values must be normalised .*, got torch.uint8"):
+        tiny(**inputs)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_continues_a_stream(tiny, tmp_path, monkeypatch, num_workers):
+    """From a checkpoint, bit for bit, and without encoding what was seen."""
+
+    def run(folder, samples, **kwargs):
+        data = SampleStream([Source(samples)], None)
+        kwargs = {"per_device_train_batch_size": 2, "dataloader_num_workers": num_workers, **kwargs}
+        model = copy.deepcopy(tiny)
+        trainer = NeoTrainer(model, training_arguments(folder, max_steps=6, **kwargs), collate, data)
+        return trainer
+
+    whole = run(tmp_path / "whole", make_samples(20), save_strategy="steps", save_steps=2)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    encoded = []
+    monkeypatch.setattr(sources, "encode_record", lambda *a, **k: encoded.append(a[3]) or encode_record(*a, **k))
+    resumed = run(tmp_path / "resumed", make_samples(20))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert losses(resumed) == losses(whole)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True))
+    if not num_workers:
+        assert len(encoded) == 4
+    # Another seed of the data, or none: as asked.
+    again = run(tmp_path / "again", make_samples(20), ignore_data_skip=True)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert losses(again)[:4] == losses(whole)[:4]
+    assert losses(again)[4:] != losses(whole)[4:]
+    (checkpoint / "stream_state_0.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-4 has no stream_state_0.pt.*ignore_data_skip"):
+        run(tmp_path / "resumed", make_samples(20)).train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_stops_at_a_loss_that_is_no_number(tiny, tmp_path):

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from neo_hf.loss_neo import IGNORE_INDEX
 from neo_hf.processing_neo import NeoProcessor
+from neo_hf.training.samples import normalize_patches
 from neo_hf.visualize.prompt import patches_to_image
 
 
@@ -54,8 +55,9 @@ class SampledAnswers(TrainerCallback):
                 grids = sample["image_grid_hw"]
                 grids = grids[grids.prod(-1).cumsum(0) <= num_visual * merge**2]
                 sizes = grids.prod(-1).tolist()
-                inputs |= {"pixel_values": sample["pixel_values"][: sum(sizes)], "image_grid_hw": grids}
-                patches = inputs["pixel_values"].split(sizes)
+                pixel_values = normalize_patches(sample["pixel_values"][: sum(sizes)], image_processor)
+                inputs |= {"pixel_values": pixel_values, "image_grid_hw": grids}
+                patches = pixel_values.split(sizes)
                 images = [
                     Image.fromarray(patches_to_image(its_patches, rows, columns, image_processor))
                     for its_patches, (rows, columns) in zip(patches, grids.tolist(), strict=True)

@@ -23,8 +23,8 @@ class PaddedCollator:
 
     Calling it returns:
         `input_ids`, `attention_mask` and `labels` (B, L) int64; `loss_weight` (B, L) float32, the weight of predicting
-        this token, 0 where it does not count; with images, `pixel_values` (P, 3 * patch_size^2) float32 and
-        `image_grid_hw` (N, 2) int64; `sample_names`, a list, if all samples have names.
+        this token, 0 where it does not count; with images, `pixel_values` (P, 3 * patch_size^2), float32 or, as in all
+        of the samples, uint8, and `image_grid_hw` (N, 2) int64; `sample_names`, a list, if all samples have names.
 
     Raises:
         ValueError: unknown loss_weighting; when called, a sample is not what `check_sample` expects.
@@ -110,6 +110,10 @@ def join_rows(rows: list[list[dict]], length: int, pad_token_id: int, loss_weigh
     samples = [sample for row in rows for sample in row]
     images = [sample for sample in samples if "pixel_values" in sample]
     if images:
+        if len(dtypes := {str(sample["pixel_values"].dtype) for sample in images}) > 1:
+            raise ValueError(
+                f"pixel_values of the samples of a batch must be all uint8 or all float32, got {sorted(dtypes)}."
+            )
         for key in ("pixel_values", "image_grid_hw"):
             batch[key] = torch.cat([sample[key] for sample in images])
     if all("name" in sample for sample in samples):

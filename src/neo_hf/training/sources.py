@@ -1,59 +1,26 @@
-"""Where records come from: files, lists, datasets."""
+"""Where records come from, and the endless share of them that a reader takes."""
 
-import json
 import logging
 import math
 import os
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
-from torch.utils.data import get_worker_info
 from tqdm import tqdm
-from transformers.utils import is_datasets_available
 
 from neo_hf.processing_neo import NeoProcessor
+from neo_hf.training.records import prepare_records
 from neo_hf.training.samples import encode_record
-
-if is_datasets_available():
-    import datasets
-    from datasets.distributed import split_dataset_by_node
+from neo_hf.training.shards import Handle, open_records
 
 logger = logging.getLogger(__name__)
 
-# After this many bad records in a row, the source itself is considered bad.
+# After this many bad records in a row, or this many passes without a good one, the source itself is considered bad.
 MAX_BAD_RECORDS = 1000
-
-
-class JsonLines(Sequence):
-    """
-    The records of a JSONL file, read on access. Empty lines are left out.
-
-    Raises:
-        ValueError: on access, the line is not valid JSON.
-    """
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = path
-        self.offsets, self.line_numbers = array("Q"), array("Q")
-        offset = 0
-        with open(path, "rb") as file:
-            for number, line in enumerate(tqdm(file, desc=f"Indexing {path}", unit=" lines", delay=3), start=1):
-                if line.strip():
-                    self.offsets.append(offset)
-                    self.line_numbers.append(number)
-                offset += len(line)
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def __getitem__(self, index):
-        with open(self.path, "rb") as file:
-            file.seek(self.offsets[index])
-            return json.loads(file.readline())
+MAX_BARREN_PASSES = 100
 
 
 @dataclass
@@ -62,172 +29,232 @@ class Source:
     A set of records with its options.
 
     Args:
-        data: a `.json` file (a list of records), a `.jsonl` file, or the records themselves: a list, a
-            `datasets.Dataset` or `datasets.IterableDataset`, or any other iterable that can be iterated repeatedly.
+        data: a file (`.jsonl`, `.json` with a list, `.parquet`, `.tar` in WebDataset format), a folder or glob of such
+            files of one format, the Hub id of a dataset (its split `train`, streamed), or the records themselves: a
+            list, a `datasets.Dataset` or `datasets.IterableDataset`, or any other iterable that can be iterated
+            repeatedly.
         root: folder that relative paths of images and videos start from.
-        weight: how often a sample is drawn from this source, relative to the weights of the others.
-        name: for messages; defaults to the file, or to the type of `data`.
+        weight: share of this source in a stream, relative to the weights of the others.
+        name: for messages; defaults to the path, or to the type of `data`.
+        columns: names of `records.py` (`image`, `caption`, `messages`, ...), and those that the records have in their
+            place.
+        shuffle_buffer: in each pass, shards are shuffled, and so many records of them, which are held in memory
+            undecoded. 1 keeps the order in which records are stored.
         images_kwargs, videos_kwargs: options of the processor for this source: pixel budgets, sampling and style of
             videos.
 
     Raises:
         FileNotFoundError: the file or folder does not exist.
-        ValueError: the file is neither a JSON list nor JSONL, there are no records, or the weight is not positive.
+        ValueError: the file is of no such format, there are no records, or an option is out of range.
     """
 
     data: Any
     root: str | os.PathLike | None = None
     weight: float = 1.0
     name: str = ""
+    columns: dict[str, str] = field(default_factory=dict)
+    shuffle_buffer: int = 1000
     images_kwargs: dict = field(default_factory=dict)
     videos_kwargs: dict = field(default_factory=dict)
 
     def __post_init__(self):
         if not 0 < self.weight < math.inf:
             raise ValueError(f"weight must be positive and finite, got {self.weight}.")
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer must be at least 1, got {self.shuffle_buffer}.")
         if self.root is not None and not os.path.isdir(self.root):
             raise FileNotFoundError(f"root must be a folder, got {self.root}.")
-        if isinstance(self.data, (str, os.PathLike)):
-            self.name = self.name or str(self.data)
-            self.records = read_records(self.data)
-        else:
-            self.name = self.name or type(self.data).__name__
-            self.records = self.data
-        self.is_map_style = hasattr(self.records, "__len__") and hasattr(self.records, "__getitem__")
-        if not self.is_map_style and (not isinstance(self.records, Iterable) or iter(self.records) is self.records):
-            raise ValueError(
-                f"data must be a file or an iterable that can be iterated repeatedly, got {self.data!r:.200}."
-            )
-        if self.is_map_style and not len(self.records):
-            raise ValueError(f"{self.name} has no records.")
-
-    def read(self) -> Iterator[tuple[int, Any]]:
-        """Each record once, in order: its number and, if it cannot be looked up by that, the record itself."""
-        if self.is_map_style:
-            return ((number, None) for number in range(len(self.records)))
-        return enumerate(_without_decoding(self.records))
-
-    def draw(self, shard: int, num_shards: int, seed: int) -> Iterator[tuple[int, Any]]:
-        """
-        The share of one of several readers, in the form of `read` but endless. Together, the readers read each record
-        once per pass. Records that can be looked up by number are reshuffled in each pass; others keep their order.
-        """
-        if self.is_map_style:
-            total = len(self.records)
-            epoch = -1
-            for position in count(shard, num_shards):
-                if position // total != epoch:
-                    epoch = position // total
-                    order = np.random.default_rng((seed, epoch)).permutation(total)
-                yield int(order[position % total]), None
-        for epoch in count():
-            is_empty = True
-            for number, record in self._share(shard, num_shards, epoch):
-                is_empty = False
-                yield number, record
-            if is_empty:
-                raise ValueError(f"{self.name} has no records for reader {shard + 1} of {num_shards} (pass {epoch}).")
-
-    def _share(self, shard: int, num_shards: int, epoch: int) -> Iterator[tuple[int, Any]]:
-        if not _is_streamed(self.records):
-            return islice(enumerate(self.records), shard, None, num_shards)
-        # These divide themselves among the workers of a DataLoader, by whole files.
-        worker = get_worker_info()
-        num_workers = worker.num_workers if worker else 1
-        records = split_dataset_by_node(self.records, shard // num_workers, num_shards // num_workers)
-        if records.num_shards < num_workers:
-            raise ValueError(
-                f"{self.name} has {records.num_shards} shards, too few for the {num_workers} workers of a DataLoader: "
-                "use fewer workers, or split it (IterableDataset.reshard)."
-            )
-        records = _without_decoding(records)
-        records.set_epoch(epoch)
-        return enumerate(records)
+        is_path = isinstance(self.data, (str, os.PathLike))
+        self.name = self.name or (str(self.data) if is_path else type(self.data).__name__)
+        self.shards = open_records(self.data, self.name)
 
     def encode(
-        self, records: Iterable[tuple[int, Any]], processor: NeoProcessor | None, on_bad: Callable[[str], None]
-    ) -> Iterator[dict]:
+        self, handle: Handle, processor: NeoProcessor | None, normalize: bool = False, start: int = 0
+    ) -> Iterator[tuple[str, dict | Exception]]:
         """
-        The samples of records from `read` or `draw`. Bad records are skipped and logged with the reason; `on_bad` is
-        called with the name of each.
-
-        Raises:
-            ValueError: no record is good, or none of the last 1000.
+        The samples of what is stored under `handle`, one or, where it packs several conversations, those from number
+        `start` on. Each comes with its name; of a bad record, the error takes its place.
         """
-        found = False
-        bad: set[int] = set()  # since the last good one
-        limit = min(len(self.records), MAX_BAD_RECORDS) if self.is_map_style else MAX_BAD_RECORDS
-        error: Exception | None = None
-        for number, record in records:
-            # Too many in a row, or a second pass over records whose order does not change.
-            if len(bad) >= limit or (number in bad and not self.is_map_style):
-                break
-            name = f"{self.name}, record {number}"
-            if isinstance(self.records, JsonLines):
-                name = f"{self.name}:{self.records.line_numbers[number]}"
+        name, look_up = handle
+        try:
+            records = prepare_records(look_up(), self.columns)
+        except Exception as error:  # a record can be bad in any way
+            yield name, error
+            return
+        for number, record in enumerate(records[start:], start=start + 1):
+            part = f"{name}, part {number}" if len(records) > 1 else name
             try:
-                record = self.records[number] if self.is_map_style else record
-                sample = encode_record(record, processor, self.root, name, self.images_kwargs, self.videos_kwargs)
-            except Exception as reason:  # a record can be bad in any way
-                logger.warning("Skipped %s: %s", name, reason)
-                on_bad(name)
-                error = reason
-                bad.add(number)
-                continue
-            found = True
-            bad.clear()
-            yield sample
-        else:
-            if found:
-                return
-        which = f"the last {len(bad)} records" if found else f"all of the {len(bad)} records read"
-        raise ValueError(f"{self.name}: {which} are bad, the last one: {error}") from error
+                yield (
+                    part,
+                    encode_record(
+                        record,
+                        processor,
+                        self.root,
+                        part,
+                        self.images_kwargs,
+                        self.videos_kwargs,
+                        normalize=normalize,
+                    ),
+                )
+            except Exception as error:
+                yield part, error
 
 
-def load_samples(sources: Iterable[Source], processor: NeoProcessor | None) -> list[dict]:
+class SourceReader:
+    """
+    The samples of one of several readers of a source, without end. Together, the readers read each record once per
+    pass. Bad records are skipped and logged with the reason.
+
+    The readers take turns with the shards, in an order that is shuffled in each pass. Of a source with fewer shards
+    than readers, each reads only every n-th record of a shard. What a reader yields follows from `seed`, `state` and
+    its number alone.
+
+    Args:
+        source, processor, normalize: see `SampleStream`.
+        reader, num_readers: its number, from 0, and how many there are.
+        seed: of the order.
+        on_bad: called with the name of each bad record.
+
+    Attributes:
+        state: where the reader is, a dict of integers. A block is what is shuffled together: `shard` and `record`,
+            how many shards this reader has finished and how many records of the next, say where it begins, `taken` how
+            many records of the block are finished, and `part` how many conversations of the next.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        processor: NeoProcessor | None,
+        reader: int = 0,
+        num_readers: int = 1,
+        seed: int = 0,
+        normalize: bool = False,
+        on_bad: Callable[[str], None] = lambda name: None,
+    ):
+        self.source = source
+        self.processor = processor
+        self.reader = reader
+        self.num_readers = num_readers
+        self.seed = seed
+        self.normalize = normalize
+        self.on_bad = on_bad
+        self.state = {"shard": 0, "record": 0, "taken": 0, "part": 0}
+        # Of each shard. Those of a sequence are not divided: they are small, and a part would be empty.
+        self.num_parts = 1 if hasattr(source.shards, "__len__") else -(-num_readers // source.shards.num_shards)
+
+    def _turn(self, shard: int) -> tuple[int, int]:
+        """The pass in which the reader has its turn number `shard`, and the place in the order of that pass."""
+        return divmod(self.reader + shard * self.num_readers, self.source.shards.num_shards * self.num_parts)
+
+    def _read_pass(self) -> Iterator[tuple[int, int, Handle]]:
+        """The records from `state` to the end of the pass, each with the value of `shard` and `record` after it."""
+        shard, skipped = self.state["shard"], self.state["record"]
+        epoch, place = self._turn(shard)
+        count = self.source.shards.num_shards * self.num_parts
+        order = np.arange(count)
+        if self.source.shuffle_buffer > 1:
+            order = np.random.default_rng((self.seed, epoch)).permutation(count)
+        while place < count:
+            number, part = divmod(int(order[place]), self.num_parts)
+            handles = islice(self.source.shards.read_shard(number, epoch), part, None, self.num_parts)
+            for record, handle in enumerate(islice(handles, skipped, None), start=skipped + 1):
+                yield shard, record, handle
+            shard, skipped, place = shard + 1, 0, place + self.num_readers
+
+    def _next_pass(self) -> int:
+        """The number of the first turn in the next pass."""
+        epoch, _ = self._turn(self.state["shard"])
+        begin = (epoch + 1) * self.source.shards.num_shards * self.num_parts
+        return max(0, -((self.reader - begin) // self.num_readers))
+
+    def handles(self) -> Iterator[Handle | None]:
+        """Each record in turn, and `None` after each pass. `state` counts a record when the next one is taken."""
+        while True:
+            records = self._read_pass()
+            while block := list(islice(records, self.source.shuffle_buffer)):
+                order = np.arange(len(block))
+                if self.source.shuffle_buffer > 1:
+                    key = (self.seed, self.reader, self.state["shard"], self.state["record"])
+                    order = np.random.default_rng(key).permutation(len(block))
+                for index in order[self.state["taken"] :]:
+                    yield block[index][2]
+                    self.state["taken"] += 1
+                shard, record, _ = block[-1]
+                self.state = {"shard": shard, "record": record, "taken": 0, "part": 0}
+            self.state = {"shard": self._next_pass(), "record": 0, "taken": 0, "part": 0}
+            yield None
+
+    def __iter__(self) -> Iterator[dict]:
+        """
+        Raises:
+            ValueError: there are no records, or no good one among the last 1000 or in the last 100 passes.
+        """
+        found, barren, bad = False, 0, dict[str, Exception]()  # bad ones since the last good one
+        for handle in self.handles():
+            if handle is None:
+                barren += 1
+                if barren < MAX_BARREN_PASSES:
+                    continue
+                if not bad:
+                    raise ValueError(
+                        f"{self.source.name} has no records for reader {self.reader + 1} of {self.num_readers}."
+                    )
+                break
+            for name, sample in self.source.encode(handle, self.processor, self.normalize, self.state["part"]):
+                self.state["part"] += 1
+                if isinstance(sample, Exception):
+                    if name not in bad:
+                        logger.warning("Skipped %s: %s", name, sample)
+                    bad[name] = sample
+                    self.on_bad(name)
+                    continue
+                found, barren = True, 0
+                bad.clear()
+                yield sample
+            self.state["part"] = 0
+            if len(bad) >= MAX_BAD_RECORDS:
+                break
+        raise_bad_source(self.source, bad, found)
+
+
+def raise_bad_source(source: Source, bad: dict[str, Exception], found: bool):
+    """
+    Args:
+        bad: the reasons why the last records are bad, by name.
+        found: whether there was a good record before them.
+    """
+    which = f"the last {len(bad)} records" if found else f"all of the {len(bad)} records read"
+    error = list(bad.values())[-1]
+    raise ValueError(f"{source.name}: {which} are bad, the last one: {error}") from error
+
+
+def load_samples(sources: Iterable[Source], processor: NeoProcessor | None, normalize: bool = False) -> list[dict]:
     """
     All samples of some sources, in order and in memory: for evaluation and small datasets. Bad records are skipped and
     logged with the reason.
+
+    Args:
+        sources, processor, normalize: see `SampleStream`.
 
     Raises:
         ValueError: a source has no good record.
     """
     samples: list[dict] = []
     for source in sources:
-        bad: list[str] = []
-        total = len(source.records) if source.is_map_style else None
-        records = tqdm(source.read(), desc=f"Encoding {source.name}", total=total, delay=3)
-        samples += source.encode(records, processor, bad.append)
+        bad: dict[str, Exception] = {}
+        count = len(samples)
+        total = len(source.shards) if hasattr(source.shards, "__len__") else None
+        for handle in tqdm(source.shards, desc=f"Encoding {source.name}", total=total, delay=3):
+            for name, sample in source.encode(handle, processor, normalize):
+                if isinstance(sample, Exception):
+                    logger.warning("Skipped %s: %s", name, sample)
+                    bad[name] = sample
+                else:
+                    samples.append(sample)
+        if len(samples) == count:
+            if not bad:
+                raise ValueError(f"{source.name} has no records.")
+            raise_bad_source(source, bad, found=False)
         if bad:
             logger.warning("%s: skipped %d bad records.", source.name, len(bad))
     return samples
-
-
-def read_records(path: str | os.PathLike) -> Sequence:
-    """The records of a `.json` or `.jsonl` file; see `Source` for the errors."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no data file {path}.")
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix == ".jsonl":
-        return JsonLines(path)
-    if suffix != ".json":
-        raise ValueError(
-            f"A data file must be .json or .jsonl, got {path}. Pass other formats as a `datasets` dataset."
-        )
-    with open(path, encoding="utf-8") as file:
-        try:
-            records = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}. With one record per line, name it .jsonl.") from error
-    if not isinstance(records, list):
-        raise ValueError(f"{path} must contain a list of records, got {records!r:.200}.")
-    return records
-
-
-def _is_streamed(records) -> bool:
-    return is_datasets_available() and isinstance(records, datasets.IterableDataset)
-
-
-def _without_decoding(records):
-    """A streamed dataset that leaves its images encoded: decoding a broken one would end the stream."""
-    return records.decode(False) if _is_streamed(records) and records.features is not None else records

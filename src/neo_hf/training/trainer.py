@@ -1,12 +1,15 @@
 """The `Trainer` of transformers, for batches with loss weights."""
 
+import os
+from pathlib import Path
+
 import torch
-from accelerate.data_loader import IterableDatasetShard
 from transformers import Trainer
 
 from neo_hf.loss_neo import next_token_targets
 from neo_hf.training.packing import PackedDataset
-from neo_hf.training.streams import SampleStream
+from neo_hf.training.samples import normalize_patches
+from neo_hf.training.streams import SampleStream, StreamLoader
 
 
 class NonFiniteLossError(RuntimeError):
@@ -19,20 +22,69 @@ class NeoTrainer(Trainer):
 
     - The loss is divided by the sum of `loss_weight` over all batches and processes of a step, where `Trainer` divides
       by the number of tokens. Gradient accumulation and the number of processes do not change the result.
-    - A `SampleStream` or `PackedDataset` is not sharded again: it gives each process its own share.
+    - A `SampleStream`, or a `PackedDataset` of one, gives each process its own share. A checkpoint holds where it is,
+      and a resumed run continues there (`StreamLoader`), where `Trainer` reads again what was seen. With
+      `ignore_data_skip`, it begins the stream anew.
+    - Patches that are uint8 are normalised on the device, with the settings of the processor.
     - The model computes logits only if they are used.
     - A NaN or infinite loss raises a `NonFiniteLossError` with the `sample_names`, before the weights are updated.
     """
 
+    _stream_loader: StreamLoader | None = None
+
     def get_train_dataloader(self):
-        # A stream gives each process its own share: do not let one process read for all, or shard the stream again.
-        self.accelerator.dataloader_config.dispatch_batches = False
-        loader = super().get_train_dataloader()
-        if isinstance(loader.dataset, IterableDatasetShard) and isinstance(
-            self.train_dataset, (SampleStream, PackedDataset)
-        ):
-            loader.dataset.num_processes, loader.dataset.process_index = 1, 0
-        return loader
+        dataset = self.train_dataset
+        if not isinstance(dataset.samples if isinstance(dataset, PackedDataset) else dataset, SampleStream):
+            return super().get_train_dataloader()
+        # The loader itself continues where it was: nothing is to be skipped.
+        self._resumes_stream = self._stream_loader is not None or not self.args.ignore_data_skip
+        self.args.ignore_data_skip = True
+        self._stream_loader = StreamLoader(
+            dataset,
+            self.data_collator,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            batch_size=self._train_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        return self._stream_loader
+
+    def _stream_state_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"stream_state_{self.args.process_index}.pt"
+
+    def _save_rng_state(self, output_dir: str):
+        super()._save_rng_state(output_dir)
+        if self._stream_loader is not None:
+            path = self._stream_state_file(output_dir)
+            torch.save(self._stream_loader.state_dict(), path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
+
+    def _load_rng_state(self, checkpoint: str | None):
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None or self._stream_loader is None or not self._resumes_stream:
+            return
+        path = self._stream_state_file(checkpoint)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{checkpoint} has no {path.name}, which says where the data was: it was saved without, or by fewer "
+                "processes. To train on from its weights with the data from the beginning, set ignore_data_skip."
+            )
+        self._stream_loader.load_state_dict(torch.load(path, weights_only=True))
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        patches = inputs.get("pixel_values")
+        if patches is not None and patches.dtype == torch.uint8:
+            image_processor = getattr(self.processing_class, "image_processor", None)
+            if image_processor is None:
+                raise ValueError(
+                    "pixel_values are uint8, and to normalise them NeoTrainer needs processing_class=processor, got "
+                    f"{self.processing_class!r:.100}."
+                )
+            inputs["pixel_values"] = normalize_patches(patches, image_processor)
+        return inputs
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         if not batch_samples or not all("loss_weight" in batch for batch in batch_samples):
