@@ -122,6 +122,7 @@ def main():
     )
     trainer.train(training_args.resume_from_checkpoint or last_checkpoint(training_args.output_dir))
     trainer.save_model()
+    trainer.save_state()
 
 
 if __name__ == "__main__":

@@ -249,6 +249,8 @@ def test_stages(stage, tie, tmp_path, caplog):
     trainer = train(model, make_samples(4), tmp_path, max_steps=3, weight_decay=0.5, learning_rate=1e-2)
     optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert optimized == {id(p) for p in trained.values()}
+    decayed = {id(p) for group in trainer.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {id(p) for name, p in trained.items() if "norm" not in name and not name.endswith("bias")}
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != (name in trained), name
 

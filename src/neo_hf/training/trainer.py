@@ -1,6 +1,7 @@
 """The `Trainer` of transformers, for batches with loss weights."""
 
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -26,7 +27,9 @@ class NeoTrainer(Trainer):
       and a resumed run continues there (`StreamLoader`), where `Trainer` reads again what was seen. With
       `ignore_data_skip`, it begins the stream anew.
     - Patches that are uint8 are normalised on the device, with the settings of the processor.
+    - Weight decay spares all norms. `Trainer` does not know `q_norm_h` and the like by their names.
     - The model computes logits only if they are used.
+    - A tied output head is saved once, however the model is sharded.
     - A NaN or infinite loss raises a `NonFiniteLossError` with the `sample_names`, before the weights are updated.
     """
 
@@ -102,6 +105,17 @@ class NeoTrainer(Trainer):
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             weight = self.accelerator.gather(weight).sum() / self.get_tp_size()  # tensor-parallel ranks share a batch
         return weight
+
+    def get_decay_parameter_names(self, model):
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if not re.search(r"_norm_[hw]\.", name)]
+
+    def _save(self, output_dir=None, state_dict=None):
+        # FSDP2 and ZeRO-2 gather a tied output head as a tensor of its own.
+        tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", {})
+        if state_dict is not None:
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
 
     @property
     def _loss_is_the_models(self) -> bool:
