@@ -18,6 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from neo_hf import NeoConfig, NeoForConditionalGeneration
 from neo_hf.loading import NANO, load_model_and_processor, load_processor
+from neo_hf.publishing.model_card import read_license
 from neo_hf.training import (
     NeoTrainer,
     PackedCollator,
@@ -123,6 +124,12 @@ def main():
     trainer.train(training_args.resume_from_checkpoint or last_checkpoint(training_args.output_dir))
     trainer.save_model()
     trainer.save_state()
+    trainer.create_model_card(
+        license=read_license(Path(model_args.model)),
+        finetuned_from=model_args.model,
+        dataset=data_args.train_data,
+        stage=model_args.stage,
+    )
 
 
 if __name__ == "__main__":

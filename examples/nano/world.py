@@ -29,6 +29,7 @@ COLORS = {
     "purple": (150, 60, 180),
     "orange": (255, 127, 14),
 }
+NEW_COLORS = {"pink": (255, 150, 190), "brown": (120, 70, 30), "cyan": (40, 210, 220)}  # NEO-nano knows none of them
 KINDS = ("circle", "square", "triangle", "star", "cross")
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -82,7 +83,7 @@ def article(shape: Shape | None) -> str:
 def draw(size: tuple[int, int], background: str, shapes: list[Shape]) -> Image.Image:
     image = Image.new("RGB", size, background)
     for shape in shapes:
-        image.paste(COLORS[shape.color], (shape.x, shape.y), stencil(shape.kind))
+        image.paste((COLORS | NEW_COLORS)[shape.color], (shape.x, shape.y), stencil(shape.kind))
     return image
 
 
@@ -121,7 +122,7 @@ class World:
         seed: of all that is random.
         test: draw the scenes and the handwriting that training never sees.
         sizes: (width, height) in pixels of the scenes; one is drawn per scene.
-        kinds: of shapes in scenes.
+        kinds, colors: of shapes in scenes.
     """
 
     def __init__(
@@ -130,11 +131,13 @@ class World:
         test: bool = False,
         sizes: tuple[tuple[int, int], ...] = ((64, 64),),
         kinds: tuple[str, ...] = KINDS,
+        colors: tuple[str, ...] = tuple(COLORS),
     ):
         self.random = random.Random(seed)
         self.test = test
         self.sizes = sizes
         self.kinds = kinds
+        self.colors = colors
         digits = load_digits()
         start, end = (len(digits.images) * 4 // 5, None) if test else (0, len(digits.images) * 4 // 5)
         self.handwriting: list[list[np.ndarray]] = [[] for _ in range(10)]
@@ -162,7 +165,7 @@ class World:
 
         def make() -> Scene:
             size, count = self.random.choice(self.sizes), self.random.choice(counts)
-            colors, kinds = list(COLORS), list(self.kinds)
+            colors, kinds = list(self.colors), list(self.kinds)
             if not distinct and self.random.random() < 0.7:  # more alike than chance would have them, to be counted
                 colors = self.random.sample(colors, 2)
                 kinds = self.random.sample(kinds, min(2, len(kinds)))
@@ -224,7 +227,7 @@ class World:
         if form == 0:
             return "How many shapes are there?", str(len(shapes))
         if form == 1:  # mostly of a colour that is there
-            color = self.random.choice(shapes).color if self.random.random() < 0.8 else self.random.choice([*COLORS])
+            color = self.random.choice(shapes).color if self.random.random() < 0.8 else self.random.choice(self.colors)
             return f"How many {color} shapes are there?", str(sum(shape.color == color for shape in shapes))
         kind = self.random.choice(shapes).kind if self.random.random() < 0.8 else self.random.choice(self.kinds)
         plural = {"cross": "crosses"}.get(kind, kind + "s")

@@ -78,7 +78,10 @@ def train(command, data, stage, out, rows, *options):
         "dataloader_num_workers": 0,
         "output_dir": out,
     }
-    argv = [EXAMPLES / "recipes" / f"2b-{stage}.yaml", *(x for name, value in settings.items() for x in (f"--{name}", value))]
+    argv = [
+        EXAMPLES / "recipes" / f"2b-{stage}.yaml",
+        *(x for name, value in settings.items() for x in (f"--{name}", value)),
+    ]
     run = subprocess.run(
         [sys.executable, *map(str, [*command, *argv, *options])],
         capture_output=True,

@@ -1,7 +1,6 @@
 """Run examples/train.py where accelerate expects accelerators: FSDP and DeepSpeed themselves also run on CPUs."""
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import torch.distributed as dist

@@ -2,19 +2,41 @@
 
 import os
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from transformers import Trainer
+from transformers.training_args import OptimizerNames
 
 from neo_hf.loss_neo import next_token_targets
+from neo_hf.publishing.model_card import TrainingRun, placeholder_id, render_model_card
 from neo_hf.training.packing import PackedDataset
 from neo_hf.training.samples import normalize_patches
+from neo_hf.training.stages import parameter_count
 from neo_hf.training.streams import SampleStream, StreamLoader
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss is NaN or infinite; the message names the samples of the batch."""
+
+
+def training_history(log: list[dict]) -> tuple[list[dict], dict[str, float]]:
+    """From a Trainer's log, a row per evaluation (or one for the end), and the last evaluation's other metrics."""
+    rows, scores, loss = [], {}, None
+    for entry in log:
+        loss = entry.get("loss", loss)
+        if "eval_loss" in entry:
+            rows.append({"step": entry["step"], "training loss": loss, "validation loss": entry["eval_loss"]})
+            timing = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+            scores = {
+                name.removeprefix("eval_"): value
+                for name, value in entry.items()
+                if name.startswith("eval_") and name not in timing
+            }
+    if not rows:
+        rows = [{"step": log[-1]["step"] if log else 0, "training loss": loss}]
+    return [{k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows], scores
 
 
 class NeoTrainer(Trainer):
@@ -30,6 +52,7 @@ class NeoTrainer(Trainer):
     - Weight decay spares all norms. `Trainer` does not know `q_norm_h` and the like by their names.
     - The model computes logits only if they are used.
     - A tied output head is saved once, however the model is sharded.
+    - `create_model_card` writes NEO's card.
     - A NaN or infinite loss raises a `NonFiniteLossError` with the `sample_names`, before the weights are updated.
     """
 
@@ -105,6 +128,52 @@ class NeoTrainer(Trainer):
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             weight = self.accelerator.gather(weight).sum() / self.get_tp_size()  # tensor-parallel ranks share a batch
         return weight
+
+    def create_model_card(self, license=None, model_name=None, finetuned_from=None, dataset=(), stage=None):
+        """
+        Write `output_dir/README.md`: the architecture, examples, and what this run did.
+
+        Args:
+            license: identifier as the Hub spells it.
+            model_name: Hub id from which the card's examples load the model.
+            finetuned_from: Hub id or folder of the model that training started from; by default as it was loaded.
+            dataset: Hub ids or files of the training data.
+            stage: what `prepare_for_stage` was called with.
+        """
+        if not self.is_world_process_zero():
+            return
+        model, args = self.accelerator.unwrap_model(self.model), self.args
+        trained = parameter_count(p for p in model.parameters() if p.requires_grad)
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        recipe = {
+            **({"stage": stage} if stage else {}),
+            "trained parameters": f"{trained:,} of {parameter_count(model.parameters()):,}",
+            "steps": self.state.global_step,
+            "rows per step": rows,
+            "tokens per row": getattr(self.data_collator, "max_length", "those of the longest sample"),
+            "loss weighting": getattr(self.data_collator, "loss_weighting", "token"),
+            "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}, warm-up {args.warmup_steps:g}",
+            "optimizer": f"{OptimizerNames(args.optim).value}, betas {args.adam_beta1:g} and {args.adam_beta2:g}",
+            "weight decay": f"{args.weight_decay:g}",
+            "gradient clipping": f"{args.max_grad_norm:g}",
+            "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+            "seed": args.seed,
+        }
+        history, scores = training_history(self.state.log_history)
+        card = render_model_card(
+            model.config,
+            model_name or placeholder_id(args.output_dir),
+            license=license,
+            training=TrainingRun(
+                base_model=finetuned_from or model.name_or_path,
+                data=[dataset] if isinstance(dataset, str) else list(dataset or ()),
+                recipe=recipe,
+                history=history,
+                scores=scores,
+                versions={name: version(name) for name in ("neo-hf", "transformers", "torch", "accelerate")},
+            ),
+        )
+        card.save(Path(args.output_dir) / "README.md")
 
     def get_decay_parameter_names(self, model):
         names = super().get_decay_parameter_names(model)
