@@ -20,8 +20,9 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     for part, count in (("train", 400), ("held_out", 60)):
         world = World(seed=0, test=part == "held_out", colors=tuple(NEW_COLORS))
+        asked = (s for s in world.stream({"attribute": 1}) if "What color" in s["messages"][0]["content"][1]["text"])
         records = []
-        for number, sample in enumerate(itertools.islice(world.stream({"attribute": 1}), count)):
+        for number, sample in enumerate(itertools.islice(asked, count)):
             (image, question), (answer,) = (message["content"] for message in sample["messages"])
             image["image"].save(folder / f"{part}-{number}.png")
             turns = [("human", f"<image>\n{question['text']}"), ("gpt", answer["text"])]
