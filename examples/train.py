@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
 
 from neo_hf import NeoConfig, NeoForConditionalGeneration
 from neo_hf.loading import NANO, load_model_and_processor, load_processor
@@ -26,6 +26,7 @@ from neo_hf.training import (
     PaddedCollator,
     SampledAnswers,
     SampleStream,
+    StopOnLossSpike,
     fill_rows,
     load_samples,
     prepare_for_stage,
@@ -44,6 +45,12 @@ class ModelArguments:
     dtype: str = field(default="float32", metadata={"help": "Of the weights; see --bf16 for computing in bfloat16."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "neo, eager, sdpa or flex_attention; by default the model's own, neo."}
+    )
+    stop_on_loss_spike: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop when a logged loss exceeds this many times the median of the last 20, for instance 3."
+        },
     )
     min_pixels: int | None = field(default=None, metadata={"help": "Pixel budget per image; saved with the model."})
     max_pixels: int | None = field(default=None, metadata={"help": "Pixel budget per image; saved with the model."})
@@ -112,6 +119,9 @@ def main():
         eval_data = list(fill_rows(eval_samples, data_args.max_length))
         collator = PackedCollator(pad, data_args.max_length, weighting)
 
+    callbacks: list[TrainerCallback] = [SampledAnswers(eval_samples[: data_args.num_answers], processor)]
+    if model_args.stop_on_loss_spike is not None:
+        callbacks.append(StopOnLossSpike(model_args.stop_on_loss_spike))
     trainer = NeoTrainer(
         model,
         training_args,
@@ -119,7 +129,7 @@ def main():
         train_dataset=train_data,
         eval_dataset=eval_data or None,
         processing_class=processor,
-        callbacks=[SampledAnswers(eval_samples[: data_args.num_answers], processor)],
+        callbacks=callbacks,
     )
     trainer.train(training_args.resume_from_checkpoint or last_checkpoint(training_args.output_dir))
     trainer.save_model()

@@ -1,7 +1,9 @@
-"""Answers of the model during training."""
+"""Callbacks: answers during training, and a stop where the loss jumps."""
 
 import logging
 import os
+import statistics
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -89,3 +91,38 @@ class SampledAnswers(TrainerCallback):
             path = folder / f"step-{state.global_step}.md"
             path.with_suffix(".tmp").write_text("\n\n".join(pieces) + "\n", encoding="utf-8")
             os.replace(path.with_suffix(".tmp"), path)
+
+
+class LossSpikeError(RuntimeError):
+    """The loss jumped; the message says from where to where."""
+
+
+class StopOnLossSpike(TrainerCallback):
+    """
+    Raise a `LossSpikeError` when a logged loss exceeds `ratio` times the median of those before. Nothing is saved: run
+    again to go on from the last checkpoint, for instance with a lower learning rate.
+
+    Args:
+        ratio: more than 1.
+        window: how many logged losses the median is over, and how many there must be before it counts.
+
+    Raises:
+        ValueError: `ratio` is not more than 1.
+    """
+
+    def __init__(self, ratio: float, window: int = 20):
+        if not ratio > 1:
+            raise ValueError(f"The ratio of a loss spike must be more than 1, got {ratio}.")
+        self.ratio = ratio
+        self.losses: deque[float] = deque(maxlen=window)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in (logs or {}):
+            return
+        if len(self.losses) == self.losses.maxlen and logs["loss"] > self.ratio * statistics.median(self.losses):
+            raise LossSpikeError(
+                f"The loss of step {state.global_step} is {logs['loss']:.4g}, more than {self.ratio:g} times "
+                f"{statistics.median(self.losses):.4g}, the median of the last {len(self.losses)} logged. Saved "
+                f"checkpoints in {args.output_dir} are unaffected."
+            )
+        self.losses.append(logs["loss"])

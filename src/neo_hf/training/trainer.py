@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +20,21 @@ from neo_hf.training.streams import SampleStream, StreamLoader
 
 class NonFiniteLossError(RuntimeError):
     """The loss is NaN or infinite; the message names the samples of the batch."""
+
+
+# bfloat16 FLOP/s without sparsity, from the data sheets of the SXM variants.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak FLOP/s in bfloat16 of a GPU by its name, or `None` if it is not in the table."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
+
+
+def num_left_out(dataset) -> tuple[int, int]:
+    """How many records this process skipped as bad, and left out as longer than a row."""
+    stream = getattr(dataset, "samples", dataset)
+    return getattr(stream, "num_skipped", 0), getattr(dataset, "num_dropped", 0)
 
 
 def training_history(log: list[dict]) -> tuple[list[dict], dict[str, float]]:
@@ -53,9 +69,15 @@ class NeoTrainer(Trainer):
     - The model computes logits only if they are used.
     - A tied output head is saved once, however the model is sharded.
     - `create_model_card` writes NEO's card.
+    - With the training loss it logs `tokens_per_second` (of all processes, without padding), `row_fill` (the share of
+      the batches that is not padding), `num_skipped` and `num_overlong` (records left out since the processes started)
+      and, on GPUs whose peak is known, `mfu` (model FLOPs utilisation: 6 x parameters x tokens, without attention).
     - A NaN or infinite loss raises a `NonFiniteLossError` with the `sample_names`, before the weights are updated.
     """
 
+    # Tokens and places in the batches since the last log.
+    _counted: torch.Tensor | None = None
+    _counting_since = 0.0
     _stream_loader: StreamLoader | None = None
 
     def get_train_dataloader(self):
@@ -111,6 +133,34 @@ class NeoTrainer(Trainer):
                 )
             inputs["pixel_values"] = normalize_patches(patches, image_processor)
         return inputs
+
+    def get_batch_samples(self, *args, **kwargs):
+        if self._counted is None:
+            self._counted, self._counting_since = torch.zeros(2, device=self.args.device), time.perf_counter()
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            ids = batch["input_ids"]
+            not_padding = batch.get("attention_mask", ids != self._pad_token_id)
+            self._counted += torch.stack([not_padding.sum(), torch.tensor(ids.numel(), device=ids.device)])
+        return batches, num_items
+
+    @property
+    def _pad_token_id(self) -> int:
+        known = getattr(self.processing_class, "tokenizer", self.model.config.get_text_config())
+        return -1 if known.pad_token_id is None else known.pad_token_id
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._counted is not None:
+            seconds = time.perf_counter() - self._counting_since
+            left_out = torch.tensor(num_left_out(self.train_dataset), device=self.args.device)
+            counted = self.accelerator.reduce(torch.cat([self._counted, left_out]), "sum")
+            tokens, places, logs["num_skipped"], logs["num_overlong"] = map(int, counted.tolist())
+            logs |= {"tokens_per_second": tokens / seconds, "row_fill": tokens / places}
+            if self.args.device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name())):
+                flops = 6 * parameter_count(self.model.parameters()) * logs["tokens_per_second"]
+                logs["mfu"] = flops / (peak * self.args.world_size)
+            self._counted = None
+        super().log(logs, start_time)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         if not batch_samples or not all("loss_weight" in batch for batch in batch_samples):
