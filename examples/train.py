@@ -10,11 +10,12 @@ checkpoint in output_dir. For several GPUs, run it under `torchrun` or `accelera
 import json
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
-from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
+from transformers import BitsAndBytesConfig, HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
 
 from neo_hf import NeoConfig, NeoForConditionalGeneration
 from neo_hf.loading import NANO, load_model_and_processor, load_processor
@@ -34,6 +35,9 @@ from neo_hf.training import (
 from neo_hf.training.arguments import DataArguments
 from neo_hf.training.stages import STAGES
 
+# Of attention and MLP; those of the output head, the embeddings and the patches are not adapted.
+PROJECTIONS = r".*\.layers\.\d+\.(self_attn|mlp)\.\w+_proj(_hw)?"
+
 
 @dataclass
 class ModelArguments:
@@ -41,6 +45,13 @@ class ModelArguments:
     stage: str = field(default="sft", metadata={"help": f"What to train: {', '.join(STAGES)}."})
     random_weights: bool = field(
         default=False, metadata={"help": "Use only the configuration and processor of the model."}
+    )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={"help": "Train LoRA adapters of this rank on the layers' projections, with alpha twice the rank."},
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "With --lora_rank: keep the weights beneath the adapters in 4 bits (QLoRA)."}
     )
     dtype: str = field(default="float32", metadata={"help": "Of the weights; see --bf16 for computing in bfloat16."})
     attn_implementation: str | None = field(
@@ -69,7 +80,11 @@ def parse_arguments(argv: list[str]):
 
 def load(arguments: ModelArguments):
     name = NANO if arguments.model == "nano" else arguments.model
-    options = {"dtype": arguments.dtype}
+    options: dict[str, Any] = {"dtype": arguments.dtype}
+    if arguments.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16"
+        )
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
     if arguments.random_weights:
@@ -82,6 +97,27 @@ def load(arguments: ModelArguments):
         if (value := getattr(arguments, name)) is not None:
             setattr(processor.image_processor, name, value)
     return model, processor
+
+
+def add_adapters(model, arguments: ModelArguments):
+    """LoRA adapters on the projections of all layers, the only parameters that are trained."""
+    if arguments.stage != "sft":
+        raise ValueError(f"--lora_rank is for the stage sft, got {arguments.stage!r}.")
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if arguments.load_in_4bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer's option
+    rank = arguments.lora_rank
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=PROJECTIONS))
+
+
+def save_merged(adapter: Path, arguments: ModelArguments, folder: str):
+    """Save the model with the adapters merged into its weights as they are without quantisation."""
+    from peft import PeftModel
+
+    model, processor = load(replace(arguments, load_in_4bit=False))
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def last_checkpoint(folder: str) -> str | None:
@@ -98,6 +134,15 @@ def last_checkpoint(folder: str) -> str | None:
 
 def main():
     model_args, data_args, training_args = parse_arguments(sys.argv[1:])
+    if training_args.max_steps <= 0:
+        rows = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+        raise ValueError(
+            "--max_steps is needed: the training data is an endless stream, and how many rows a pass fills is not "
+            f"known before it is packed. A step has {rows} rows: with k samples per row, a pass over n samples takes "
+            f"about n / (k * {rows}) steps."
+        )
+    if model_args.load_in_4bit and model_args.lora_rank is None:
+        raise ValueError("--load_in_4bit trains nothing without --lora_rank.")
     logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
     training_args.remove_unused_columns = False  # the collator needs them, not the model
     set_seed(training_args.seed)
@@ -105,7 +150,10 @@ def main():
     train_sources = data_args.sources(data_args.train_data, data_args.train_weights)
     eval_sources = data_args.sources(data_args.eval_data)
     model, processor = load(model_args)
-    prepare_for_stage(model, model_args.stage)
+    if model_args.lora_rank is None:
+        prepare_for_stage(model, model_args.stage)
+    else:
+        model = add_adapters(model, model_args)
 
     train_data = SampleStream(train_sources, processor, seed=training_args.seed, weighting=data_args.weighting)
     eval_data = eval_samples = load_samples(eval_sources, processor)
@@ -132,13 +180,21 @@ def main():
         callbacks=callbacks,
     )
     trainer.train(training_args.resume_from_checkpoint or last_checkpoint(training_args.output_dir))
-    trainer.save_model()
+    stage = model_args.stage
+    if model_args.lora_rank is None:
+        trainer.save_model()
+    else:
+        stage += f", LoRA of rank {model_args.lora_rank}" + " on 4-bit weights" * model_args.load_in_4bit
+        adapter = Path(training_args.output_dir) / "adapter"
+        trainer.save_model(str(adapter))
+        if trainer.is_world_process_zero():
+            save_merged(adapter, model_args, training_args.output_dir)
     trainer.save_state()
     trainer.create_model_card(
-        license=read_license(Path(model_args.model)),
+        license=read_license(Path(model.name_or_path)),
         finetuned_from=model_args.model,
         dataset=data_args.train_data,
-        stage=model_args.stage,
+        stage=stage,
     )
 
 

@@ -11,7 +11,7 @@ from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
 from neo_hf.loss_neo import next_token_targets
-from neo_hf.publishing.model_card import TrainingRun, placeholder_id, render_model_card
+from neo_hf.publishing.model_card import TrainingRun, count_parameters, placeholder_id, render_model_card
 from neo_hf.training.packing import PackedDataset
 from neo_hf.training.samples import normalize_patches
 from neo_hf.training.stages import parameter_count
@@ -197,7 +197,7 @@ class NeoTrainer(Trainer):
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         recipe = {
             **({"stage": stage} if stage else {}),
-            "trained parameters": f"{trained:,} of {parameter_count(model.parameters()):,}",
+            "trained parameters": f"{trained:,}, of a model of {count_parameters(model.config)['total']:,}",
             "steps": self.state.global_step,
             "rows per step": rows,
             "tokens per row": getattr(self.data_collator, "max_length", "those of the longest sample"),
