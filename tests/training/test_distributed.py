@@ -1,4 +1,4 @@
-"""examples/train.py in two processes (gloo), under each launcher of docs/training.md, learns what it does in one."""
+"""examples/train.py in several processes (gloo), under each launcher of the page, learns what it does in one."""
 
 import json
 import os
@@ -21,10 +21,14 @@ EXAMPLES = ROOT / "examples"
 # accelerate has FSDP and DeepSpeed on accelerators only.
 ON_CPU = Path(__file__).with_name("train_on_cpu.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29518"]
-FSDP2 = ["--config_file", EXAMPLES / "accelerate" / "fsdp2.yaml", "--num_processes", "2", "--mixed_precision", "no"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--mixed_precision", "no", "--main_process_port", "29518"]
+FSDP2 = ["--config_file", EXAMPLES / "accelerate" / "fsdp2.yaml", "--num_processes", "2"]
+HSDP = ["--config_file", EXAMPLES / "accelerate" / "hsdp.yaml", "--num_machines", "1", "--num_processes", "4"]
+HSDP += ["--parallelism_config_dp_replicate_size", "2", "--parallelism_config_dp_shard_size", "2"]
 LAUNCHERS = {
     "ddp": ([*TORCHRUN, EXAMPLES / "train.py"], ["--ddp_backend", "gloo"]),
-    "fsdp2": (["-m", "accelerate.commands.launch", *FSDP2, "--main_process_port", "29518", ON_CPU], []),
+    "fsdp2": ([*ACCELERATE, *FSDP2, ON_CPU], []),
+    "hsdp": ([*ACCELERATE, *HSDP, ON_CPU], ["--gradient_accumulation_steps", "1"]),  # four processes
     "zero2": ([*TORCHRUN, ON_CPU], ["--deepspeed", EXAMPLES / "accelerate" / "zero2.json"]),
     "zero3": ([*TORCHRUN, ON_CPU], ["--deepspeed", EXAMPLES / "accelerate" / "zero3.json"]),
 }
@@ -102,7 +106,7 @@ def alone(request, data, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes(alone, data, tmp_path, launcher):
+def test_several_processes(alone, data, tmp_path, launcher):
     stage, expected_losses, expected_weights = alone
     command, options = LAUNCHERS[launcher]
     losses, weights = train(command, data, stage, tmp_path / "out", 1, *options)

@@ -207,15 +207,16 @@ def test_lora(script, data, tmp_path, monkeypatch, quantized):
 
 def test_recipes(script, tmp_path):
     sizes, stages = {"2b", "9b"}, {"pretrain", "midtrain", "sft"}
-    assert {path.stem for path in RECIPES} == {f"{size}-{stage}" for size in sizes for stage in stages}
+    assert {path.stem for path in RECIPES} == {"2b-qlora", *(f"{size}-{stage}" for size in sizes for stage in stages)}
     for path in RECIPES:
         argv = [str(path), "--model", "NEO", "--train_data", "a.jsonl", "b.jsonl", "--output_dir", str(tmp_path)]
         model, data, training = script.parse_arguments([*argv, "--bf16", "false", "--learning_rate", "1"])
-        assert model.stage == path.stem.split("-")[1]
+        assert model.stage == path.stem.split("-")[1].replace("qlora", "sft")
+        assert (model.lora_rank is not None) == model.load_in_4bit == (path.stem == "2b-qlora")
         assert data.train_data == ["a.jsonl", "b.jsonl"]
         assert training.learning_rate == 1  # options follow the recipe
         assert training.adam_beta2 == 0.95
-        assert data.max_length >= 16384
+        assert data.max_length >= (4096 if model.lora_rank else 16384)
 
 
 def test_nano_and_its_own_attention(script, tmp_path):
