@@ -39,25 +39,29 @@ class Stage:
     decay: float = 0.0
 
 
-# Several questions about one image are worth more than their tokens cost: most samples of scenes are of that kind.
-ALL_TASKS = {
-    "caption": 3,
-    "scene": 4,
-    "alike": 4,
-    "attribute": 0.5,
-    "where": 0.5,
-    "relation": 1,
-    "count": 1,
-    "change": 3.5,
-    "motion": 0.7,
-    "digits": 9,
-    "text": 0.5,
-}
 STAGES = {
-    "llm": Stage(400, {"text": 1}),
-    "pretrain": Stage(500, {"caption": 4, "digits": 4, "text": 3}),
-    "midtrain": Stage(1500, ALL_TASKS),
-    "sft": Stage(6500, ALL_TASKS, decay=1.0),
+    "llm": Stage(600, {"text": 1}),
+    "pretrain": Stage(700, {"caption": 4, "digits": 2, "text": 2}),
+    "midtrain": Stage(
+        3000,
+        {"caption": 2, "attribute": 1, "relation": 3, "count": 3, "change": 2, "motion": 2, "digits": 2, "text": 1},
+    ),
+    "sft": Stage(
+        6000,
+        {
+            "caption": 3,
+            "scene": 1,
+            "attribute": 2,
+            "where": 2,
+            "relation": 4,
+            "count": 3,
+            "change": 3,
+            "motion": 0.7,
+            "digits": 2,
+            "text": 0.5,
+        },
+        decay=0.9,
+    ),
 }
 
 
