@@ -141,7 +141,8 @@ class NeoTrainer(Trainer):
         for batch in batches:
             ids = batch["input_ids"]
             not_padding = batch.get("attention_mask", ids != self._pad_token_id)
-            self._counted += torch.stack([not_padding.sum(), torch.tensor(ids.numel(), device=ids.device)])
+            counts = torch.stack([not_padding.sum(), torch.tensor(ids.numel(), device=ids.device)])
+            self._counted += counts.to(self.args.device)
         return batches, num_items
 
     @property
