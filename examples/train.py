@@ -10,14 +10,16 @@ checkpoint in output_dir. For several GPUs, run it under `torchrun` or `accelera
 import json
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import BitsAndBytesConfig, HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
 
 from neo_hf import NeoConfig, NeoForConditionalGeneration
 from neo_hf.loading import NANO, load_model_and_processor, load_processor
+from neo_hf.publishing.model_card import read_license
 from neo_hf.training import (
     NeoTrainer,
     PackedCollator,
@@ -25,12 +27,16 @@ from neo_hf.training import (
     PaddedCollator,
     SampledAnswers,
     SampleStream,
+    StopOnLossSpike,
     fill_rows,
     load_samples,
     prepare_for_stage,
 )
 from neo_hf.training.arguments import DataArguments
 from neo_hf.training.stages import STAGES
+
+# Of attention and MLP; those of the output head, the embeddings and the patches are not adapted.
+PROJECTIONS = r".*\.layers\.\d+\.(self_attn|mlp)\.\w+_proj(_hw)?"
 
 
 @dataclass
@@ -40,9 +46,22 @@ class ModelArguments:
     random_weights: bool = field(
         default=False, metadata={"help": "Use only the configuration and processor of the model."}
     )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={"help": "Train LoRA adapters of this rank on the layers' projections, with alpha twice the rank."},
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "With --lora_rank: keep the weights beneath the adapters in 4 bits (QLoRA)."}
+    )
     dtype: str = field(default="float32", metadata={"help": "Of the weights; see --bf16 for computing in bfloat16."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "neo, eager, sdpa or flex_attention; by default the model's own, neo."}
+    )
+    stop_on_loss_spike: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop when a logged loss exceeds this many times the median of the last 20, for instance 3."
+        },
     )
     min_pixels: int | None = field(default=None, metadata={"help": "Pixel budget per image; saved with the model."})
     max_pixels: int | None = field(default=None, metadata={"help": "Pixel budget per image; saved with the model."})
@@ -61,7 +80,11 @@ def parse_arguments(argv: list[str]):
 
 def load(arguments: ModelArguments):
     name = NANO if arguments.model == "nano" else arguments.model
-    options = {"dtype": arguments.dtype}
+    options: dict[str, Any] = {"dtype": arguments.dtype}
+    if arguments.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16"
+        )
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
     if arguments.random_weights:
@@ -74,6 +97,27 @@ def load(arguments: ModelArguments):
         if (value := getattr(arguments, name)) is not None:
             setattr(processor.image_processor, name, value)
     return model, processor
+
+
+def add_adapters(model, arguments: ModelArguments):
+    """LoRA adapters on the projections of all layers, the only parameters that are trained."""
+    if arguments.stage != "sft":
+        raise ValueError(f"--lora_rank is for the stage sft, got {arguments.stage!r}.")
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if arguments.load_in_4bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer's option
+    rank = arguments.lora_rank
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=PROJECTIONS))
+
+
+def save_merged(adapter: Path, arguments: ModelArguments, folder: str):
+    """Save the model with the adapters merged into its weights as they are without quantisation."""
+    from peft import PeftModel
+
+    model, processor = load(replace(arguments, load_in_4bit=False))
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def last_checkpoint(folder: str) -> str | None:
@@ -90,6 +134,15 @@ def last_checkpoint(folder: str) -> str | None:
 
 def main():
     model_args, data_args, training_args = parse_arguments(sys.argv[1:])
+    if training_args.max_steps <= 0:
+        rows = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+        raise ValueError(
+            "--max_steps is needed: the training data is an endless stream, and how many rows a pass fills is not "
+            f"known before it is packed. A step has {rows} rows: with k samples per row, a pass over n samples takes "
+            f"about n / (k * {rows}) steps."
+        )
+    if model_args.load_in_4bit and model_args.lora_rank is None:
+        raise ValueError("--load_in_4bit trains nothing without --lora_rank.")
     logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
     training_args.remove_unused_columns = False  # the collator needs them, not the model
     set_seed(training_args.seed)
@@ -97,7 +150,10 @@ def main():
     train_sources = data_args.sources(data_args.train_data, data_args.train_weights)
     eval_sources = data_args.sources(data_args.eval_data)
     model, processor = load(model_args)
-    prepare_for_stage(model, model_args.stage)
+    if model_args.lora_rank is None:
+        prepare_for_stage(model, model_args.stage)
+    else:
+        model = add_adapters(model, model_args)
 
     train_data = SampleStream(train_sources, processor, seed=training_args.seed, weighting=data_args.weighting)
     eval_data = eval_samples = load_samples(eval_sources, processor)
@@ -111,6 +167,9 @@ def main():
         eval_data = list(fill_rows(eval_samples, data_args.max_length))
         collator = PackedCollator(pad, data_args.max_length, weighting)
 
+    callbacks: list[TrainerCallback] = [SampledAnswers(eval_samples[: data_args.num_answers], processor)]
+    if model_args.stop_on_loss_spike is not None:
+        callbacks.append(StopOnLossSpike(model_args.stop_on_loss_spike))
     trainer = NeoTrainer(
         model,
         training_args,
@@ -118,10 +177,25 @@ def main():
         train_dataset=train_data,
         eval_dataset=eval_data or None,
         processing_class=processor,
-        callbacks=[SampledAnswers(eval_samples[: data_args.num_answers], processor)],
+        callbacks=callbacks,
     )
     trainer.train(training_args.resume_from_checkpoint or last_checkpoint(training_args.output_dir))
-    trainer.save_model()
+    stage = model_args.stage
+    if model_args.lora_rank is None:
+        trainer.save_model()
+    else:
+        stage += f", LoRA of rank {model_args.lora_rank}" + " on 4-bit weights" * model_args.load_in_4bit
+        adapter = Path(training_args.output_dir) / "adapter"
+        trainer.save_model(str(adapter))
+        if trainer.is_world_process_zero():
+            save_merged(adapter, model_args, training_args.output_dir)
+    trainer.save_state()
+    trainer.create_model_card(
+        license=read_license(Path(model.name_or_path)),
+        finetuned_from=model_args.model,
+        dataset=data_args.train_data,
+        stage=stage,
+    )
 
 
 if __name__ == "__main__":

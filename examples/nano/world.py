@@ -7,6 +7,7 @@ Handwritten digits come from scikit-learn's set, the last fifth of it for the te
 """
 
 import functools
+import math
 import random
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ COLORS = {
     "purple": (150, 60, 180),
     "orange": (255, 127, 14),
 }
+NEW_COLORS = {"pink": (255, 150, 190), "brown": (120, 70, 30), "cyan": (40, 210, 220)}  # NEO-nano knows none of them
 KINDS = ("circle", "square", "triangle", "star", "cross")
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -81,7 +83,7 @@ def article(shape: Shape | None) -> str:
 def draw(size: tuple[int, int], background: str, shapes: list[Shape]) -> Image.Image:
     image = Image.new("RGB", size, background)
     for shape in shapes:
-        image.paste(COLORS[shape.color], (shape.x, shape.y), stencil(shape.kind))
+        image.paste((COLORS | NEW_COLORS)[shape.color], (shape.x, shape.y), stencil(shape.kind))
     return image
 
 
@@ -120,7 +122,7 @@ class World:
         seed: of all that is random.
         test: draw the scenes and the handwriting that training never sees.
         sizes: (width, height) in pixels of the scenes; one is drawn per scene.
-        kinds: of shapes in scenes.
+        kinds, colors: of shapes in scenes.
     """
 
     def __init__(
@@ -129,11 +131,13 @@ class World:
         test: bool = False,
         sizes: tuple[tuple[int, int], ...] = ((64, 64),),
         kinds: tuple[str, ...] = KINDS,
+        colors: tuple[str, ...] = tuple(COLORS),
     ):
         self.random = random.Random(seed)
         self.test = test
         self.sizes = sizes
         self.kinds = kinds
+        self.colors = colors
         digits = load_digits()
         start, end = (len(digits.images) * 4 // 5, None) if test else (0, len(digits.images) * 4 // 5)
         self.handwriting: list[list[np.ndarray]] = [[] for _ in range(10)]
@@ -161,7 +165,7 @@ class World:
 
         def make() -> Scene:
             size, count = self.random.choice(self.sizes), self.random.choice(counts)
-            colors, kinds = list(COLORS), list(self.kinds)
+            colors, kinds = list(self.colors), list(self.kinds)
             if not distinct and self.random.random() < 0.7:  # more alike than chance would have them, to be counted
                 colors = self.random.sample(colors, 2)
                 kinds = self.random.sample(kinds, min(2, len(kinds)))
@@ -223,7 +227,7 @@ class World:
         if form == 0:
             return "How many shapes are there?", str(len(shapes))
         if form == 1:  # mostly of a colour that is there
-            color = self.random.choice(shapes).color if self.random.random() < 0.8 else self.random.choice([*COLORS])
+            color = self.random.choice(shapes).color if self.random.random() < 0.8 else self.random.choice(self.colors)
             return f"How many {color} shapes are there?", str(sum(shape.color == color for shape in shapes))
         kind = self.random.choice(shapes).kind if self.random.random() < 0.8 else self.random.choice(self.kinds)
         plural = {"cross": "crosses"}.get(kind, kind + "s")
@@ -231,13 +235,13 @@ class World:
 
     # Samples: chat messages with images.
 
-    def scene_sample(self, tasks: tuple[str, ...] = ("caption", "attribute", "relation", "count"), turns: int = 1):
-        """A scene with some of these questions about it, one turn each."""
-        tasks = tuple(self.random.sample(tasks, min(turns, len(tasks))))
+    def scene_sample(self, tasks: tuple[str, ...]) -> Sample:
+        """A scene with a question of each of these tasks about it, in any order; none is asked twice."""
+        order = self.random.sample(tasks, len(tasks))
         distinct = "relation" in tasks or "where" in tasks
         scene = self.scene((2, 3, 4) if "relation" in tasks else (1, 2, 3, 4), distinct=distinct)
-        asked = [getattr(self, task)(scene) for task in tasks]
-        return conversation([scene.draw()], [turn for turn in asked if turn is not None])
+        asked = dict(turn for task in order if (turn := getattr(self, task)(scene)) is not None)
+        return conversation([scene.draw()], [*asked.items()])
 
     def change_sample(self) -> Sample:
         """Two images of a scene; something changed from the first to the second, or nothing."""
@@ -303,8 +307,9 @@ class World:
         question = f"Which way does the {mover} move?"
         return conversation(frames, [(question, direction)], video=self.random.choice(("whole", "streamed")))
 
-    def digits_sample(self, lengths: tuple[int, ...] = (1, 2, 3)) -> Sample:
-        """A row of digits, printed or handwritten."""
+    def digits_sample(self) -> Sample:
+        """A row of digits, printed or handwritten: up to three, in training also more."""
+        lengths = (1, 2, 3) if self.test else (1, 2, 3, 4, 6)
         number = "".join(self.random.choices("0123456789", k=self.random.choice(lengths)))
         return conversation([self.draw_digits(number)], [("What number is written?", number)])
 
@@ -318,6 +323,8 @@ class World:
             if handwritten:
                 tile = Image.fromarray(self.random.choice(self.handwriting[int(digit)]))
                 tile = tile.resize((side, side), Image.Resampling.BICUBIC)
+                if not self.test:
+                    tile = self.distort(tile)
             else:
                 tile = Image.new("L", (side, side))
                 ImageDraw.Draw(tile).text((side / 2, side / 2), digit, fill=255, font=font(side), anchor="mm")
@@ -328,6 +335,17 @@ class World:
         image = Image.new("RGB", mask.size, paper)
         image.paste(ink, (0, 0), mask)
         return image
+
+    def distort(self, tile: Image.Image) -> Image.Image:
+        """The same digit as other hands would write it: turned, slanted, stretched and shifted a little."""
+        angle, slant = math.radians(self.random.uniform(-12, 12)), self.random.uniform(-0.15, 0.15)
+        turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        stretch = np.diag([self.random.uniform(0.85, 1.15) for _ in "xy"])
+        matrix = turn @ np.array([[1, slant], [0, 1]]) @ stretch
+        center = np.full(2, tile.width / 2)
+        shift = center - matrix @ center + [self.random.uniform(-0.04, 0.04) * tile.width for _ in "xy"]
+        affine = (*matrix[0], shift[0], *matrix[1], shift[1])
+        return tile.transform(tile.size, Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
 
     def text_sample(self) -> Sample:
         """The same questions with the images put into words."""
@@ -349,11 +367,15 @@ class World:
         Samples without end.
 
         Args:
-            weights: share of each kind of sample: "caption", "scene" (two questions about one), a task of a scene,
-                "change", "motion", "digits", "text".
+            weights: share of each kind of sample: a task of a scene ("caption", "attribute", "where", "relation",
+                "count"), "scene" (several questions about one whose shapes all differ), "alike" (about one where some
+                may be the same), "change", "motion", "digits", "text".
         """
         makers: dict[str, Callable[[], Sample]] = {
-            "scene": lambda: self.scene_sample(turns=2),
+            "scene": lambda: self.scene_sample(
+                ("attribute", "attribute", "where", "relation", "relation", "count"),
+            ),
+            "alike": lambda: self.scene_sample(("attribute", "count", "count", "count", "count")),
             "change": self.change_sample,
             "motion": self.motion_sample,
             "digits": self.digits_sample,

@@ -100,8 +100,10 @@ def check_names(settings: Mapping[str, Any], known: Iterable[str], strict: bool 
     """
     known = sorted(known)
     for name, value in settings.items():
+        if name in known:
+            continue
         close = get_close_matches(name, known, n=1, cutoff=0.75)
-        if name not in known and (strict or close):
+        if strict or close:
             hint = f"Did you mean {close[0]}?" if close else f"Settings are {', '.join(known)}."
             raise ValueError(f"Unknown setting {name}={value!r:.50}. {hint}")
 

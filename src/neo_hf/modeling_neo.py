@@ -129,6 +129,9 @@ class NeoPreTrainedModel(PreTrainedModel):
             raise OSError(
                 f"A file of weights in {pretrained_model_name_or_path} cannot be read, it may be truncated: {error}"
             ) from error
+        # Saving undoes these renamings. Under ZeRO-3, transformers also keeps those that matched no tensor.
+        if renamings := getattr(model, "_weight_conversions", None):
+            model._weight_conversions = [renaming for renaming in renamings if renaming.was_used()]
         for hook in cls.loading_hooks:
             hook(model, info)
         return (model, info) if output_loading_info else model

@@ -135,10 +135,12 @@ def push(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files without uploading them.")] = False,
 ):
-    """Publish a folder in Hub format."""
+    """Publish a folder in Hub format: what makes a model repository, and not the checkpoints and logs beside it."""
     from neo_hf import publishing
 
     files = publishing.check_complete(folder)
+    if left_out := publishing.published_files(folder)[1]:
+        print(f"Left out: {', '.join(left_out)}.")
     if dry_run:
         for file, size in files.items():
             print(f"{size:>15,}  {file}")

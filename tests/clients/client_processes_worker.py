@@ -69,9 +69,12 @@ def zero_3(reference, inputs, prompts):
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
-    settings = {"lr": 1e-2, "weight_decay": 0.01, "betas": (0.9, 0.95), "eps": 1e-8}
+    # With a small eps, Adam's first step would be the sign of each gradient, and rounding would decide that of those
+    # near 0.
+    settings = {"lr": 1e-2, "weight_decay": 0.01, "betas": (0.9, 0.95), "eps": 1e-3}
     config = {
         "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,  # 1.0 by default
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         "optimizer": {"type": "AdamW", "params": {**settings, "torch_adam": True}},
     }
@@ -82,11 +85,10 @@ def zero_3(reference, inputs, prompts):
     optimizer = torch.optim.AdamW(reference.parameters(), **settings)
     rows = [one(prompt) for prompt in prompts]
     mine = rows[dist.get_rank()]
-    # Adam's first step is the sign of each gradient, and rounding decides that of those near 0.
-    for tolerance in (TOLERANCE, 10 * TOLERANCE):
+    for _ in range(3):
         loss = engine(**mine, labels=mine["input_ids"]).loss
         losses = [reference(**row, labels=row["input_ids"]).loss for row in rows]
-        torch.testing.assert_close(loss, losses[dist.get_rank()], rtol=0, atol=tolerance)
+        torch.testing.assert_close(loss, losses[dist.get_rank()], rtol=0, atol=1e-5)
         engine.backward(loss)
         engine.step()
         optimizer.zero_grad()

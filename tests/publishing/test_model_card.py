@@ -15,7 +15,14 @@ from helpers import ROOT, random_model, tiny_config
 from huggingface_hub import ModelCard
 
 from neo_hf import __version__
-from neo_hf.publishing.model_card import Provenance, count_parameters, load_release, released_config, render_model_card
+from neo_hf.publishing.model_card import (
+    Provenance,
+    TrainingRun,
+    count_parameters,
+    load_release,
+    released_config,
+    render_model_card,
+)
 
 FOLDER = ROOT / "model_cards"
 CHECKPOINTS = list(load_release()["checkpoints"])
@@ -173,6 +180,31 @@ def test_card_of_a_converted_release():
     assert "neo-hf convert" not in card.text, "it is converted"
     assert "## Provenance" in card.text
     assert "## Provenance" not in published.text
+
+
+def test_card_of_a_training_run():
+    run = TrainingRun(
+        base_model="someone/base-neo",
+        data=["someone/chats", "/home/me/pets.jsonl"],
+        recipe={"steps": 300, "weight decay": "0.01"},
+        history=[{"step": 100, "training loss": "1.5000"}, {"step": 300, "training loss": "0.7000"}],
+        scores={"exact_match": 0.75},
+        versions={"torch": "2.13.0"},
+    )
+    card = render_model_card(tiny_config(), "me/pets", license="mit", training=run)
+    data = ModelCard(str(card)).data.to_dict()
+    assert data["base_model"] == "someone/base-neo"
+    assert data["base_model_relation"] == "finetune"
+    assert data["datasets"] == ["someone/chats"]
+    assert "generated_from_trainer" in data["tags"]
+    (index,) = data["model-index"]
+    assert index["name"] == "pets"
+    assert index["results"][0]["metrics"] == [{"type": "exact_match", "value": 0.75}]
+    assert "its intended use is for its authors to add" in card.text
+    assert "from `someone/base-neo` on `someone/chats`, `pets.jsonl`.\n" in card.text
+    assert "| steps | 300 |\n| weight decay | 0.01 |\n" in card.text
+    assert "| 100 | 1.5000 |\n| 300 | 0.7000 |\n\nVersions: torch 2.13.0.\n" in card.text
+    assert not re.search(r"\bNone\b|\n\n\n", card.text)
 
 
 def test_card_says_what_it_needs():

@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from helpers import random_model, tiny_config
+from huggingface_hub.utils import filter_repo_objects
 
 from neo_hf.conversion import convert_hub_to_raw, convert_raw_to_hub
 from neo_hf.conversion.target import shipped_files
 from neo_hf.publishing.hub import check_complete
+from neo_hf.publishing.hub import push as push_folder
 from neo_hf_cli import main
 
 WEIGHTS = "model.safetensors"
@@ -29,9 +32,32 @@ def test_push(tmp_path, capsys, monkeypatch, tokenizer):
     capsys.readouterr()
     assert run(*push, "--dry-run") == 0
     out = capsys.readouterr().out
+    assert "Left out" not in out
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "hub").iterdir()}
     assert f"{sizes[WEIGHTS]:>15,}  {WEIGHTS}\n" in out
     assert f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files to someone/neo\n" in out
+
+    # What training leaves beside the model stays here.
+    for name in ("checkpoint-9/README.md", "checkpoint-9/model.safetensors", "answers/0-0.png", "optimizer.pt"):
+        (tmp_path / "hub" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "hub" / name).write_bytes(b"private")
+    assert run(*push, "--dry-run") == 0
+    left_out, listing = capsys.readouterr().out.split("\n", 1)
+    assert left_out == "Left out: answers/, checkpoint-9/, optimizer.pt."
+    assert listing == out
+    uploaded = {}
+
+    def upload_folder(self, **kwargs):
+        uploaded.update(kwargs)
+        return SimpleNamespace(pr_url=None, commit_url="the commit")
+
+    with monkeypatch.context() as hub:
+        hub.setattr("neo_hf.publishing.hub.get_token", lambda: "hf_x")
+        hub.setattr("huggingface_hub.HfApi.create_repo", lambda self, *args, **kwargs: None)
+        hub.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
+        assert push_folder(tmp_path / "hub", "your-username/hub") == "the commit"
+    files = [str(path.relative_to(tmp_path / "hub")) for path in (tmp_path / "hub").rglob("*") if path.is_file()]
+    assert {*filter_repo_objects(files, allow_patterns=uploaded["allow_patterns"])} == sizes.keys()
 
     monkeypatch.setattr("neo_hf.publishing.hub.get_token", lambda: None)
     assert run(*push) == 1

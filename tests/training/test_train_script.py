@@ -15,6 +15,9 @@ from helpers import ROOT, random_model, run_without_package, tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 
+from neo_hf import NeoForConditionalGeneration, load_nano
+from neo_hf.publishing import check_complete
+
 SCRIPT = ROOT / "examples" / "train.py"
 RECIPES = sorted(SCRIPT.parent.glob("recipes/*.yaml"))
 
@@ -170,17 +173,50 @@ def test_resumes_after_a_kill(script, data, tmp_path, monkeypatch):
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("quantized", [False, True])
+def test_lora(script, data, tmp_path, monkeypatch, quantized):
+    """Adapters alone are trained; they, and a whole model with them merged in, are saved."""
+    peft = pytest.importorskip("peft")
+    if quantized:
+        pytest.importorskip("bitsandbytes")
+    out = tmp_path / "out"
+    options = {"model": "nano", "max_steps": 3, "lora_rank": 4, "learning_rate": 1e-2, "random_weights": False}
+    options |= {"load_in_4bit": quantized, "num_answers": 1, "eval_strategy": "steps", "eval_steps": 3}
+    run(script, monkeypatch, arguments(data, out, **options))
+
+    before, after = load_nano()[0], NeoForConditionalGeneration.from_pretrained(out)
+    changed = {
+        name
+        for (name, new), old in zip(after.named_parameters(), before.parameters(), strict=True)
+        if not torch.equal(new, old)
+    }
+    assert {name.split(".")[-2] for name in changed} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "q_proj_hw", "k_proj_hw"),
+        *("gate_proj", "up_proj", "down_proj"),
+    }
+    assert len(changed) == 9 * 6
+    adapted = peft.PeftModel.from_pretrained(before, out / "adapter")
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(adapted(ids).logits, after(ids).logits, rtol=0, atol=1e-4)
+    card = (out / "README.md").read_text()
+    assert "sft, LoRA of rank 4" in card
+    assert ("4-bit" in card) == quantized
+    check_complete(out)
+
+
 def test_recipes(script, tmp_path):
     sizes, stages = {"2b", "9b"}, {"pretrain", "midtrain", "sft"}
-    assert {path.stem for path in RECIPES} == {f"{size}-{stage}" for size in sizes for stage in stages}
+    assert {path.stem for path in RECIPES} == {"2b-qlora", *(f"{size}-{stage}" for size in sizes for stage in stages)}
     for path in RECIPES:
         argv = [str(path), "--model", "NEO", "--train_data", "a.jsonl", "b.jsonl", "--output_dir", str(tmp_path)]
         model, data, training = script.parse_arguments([*argv, "--bf16", "false", "--learning_rate", "1"])
-        assert model.stage == path.stem.split("-")[1]
+        assert model.stage == path.stem.split("-")[1].replace("qlora", "sft")
+        assert (model.lora_rank is not None) == model.load_in_4bit == (path.stem == "2b-qlora")
         assert data.train_data == ["a.jsonl", "b.jsonl"]
         assert training.learning_rate == 1  # options follow the recipe
         assert training.adam_beta2 == 0.95
-        assert data.max_length >= 16384
+        assert data.max_length >= (4096 if model.lora_rank else 16384)
 
 
 def test_nano_and_its_own_attention(script, tmp_path):
@@ -201,5 +237,9 @@ def test_bad_arguments(script, data, tmp_path, monkeypatch):
         run(script, monkeypatch, argv)
     with pytest.raises(ValueError, match=r"more than 8 tokens.*captions\.jsonl:1"):
         run(script, monkeypatch, arguments(data, tmp_path, max_steps=1, max_length=8))
-    with pytest.raises(ValueError, match="max_steps"):
-        run(script, monkeypatch, arguments(data, tmp_path))
+    with pytest.raises(ValueError, match=r"--max_steps is needed: .*A step has 24 rows"):
+        run(script, monkeypatch, arguments(data, tmp_path, num_train_epochs=2, gradient_accumulation_steps=3))
+    with pytest.raises(ValueError, match="stage sft, got 'pretrain'"):
+        run(script, monkeypatch, arguments(data, tmp_path, max_steps=1, stage="pretrain", lora_rank=4))
+    with pytest.raises(ValueError, match="without --lora_rank"):
+        run(script, monkeypatch, arguments(data, tmp_path, max_steps=1, load_in_4bit=True))

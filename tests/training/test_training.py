@@ -15,10 +15,13 @@ from neo_hf.indexing_neo import document_starts
 from neo_hf.loss_neo import NeoOutputHead
 from neo_hf.raw import RAW_TO_NEO
 from neo_hf.training import (
+    LossSpikeError,
     NeoTrainer,
     NonFiniteLossError,
+    PackedCollator,
     SampleStream,
     Source,
+    StopOnLossSpike,
     encode_record,
     normalize_patches,
     prepare_for_stage,
@@ -249,6 +252,8 @@ def test_stages(stage, tie, tmp_path, caplog):
     trainer = train(model, make_samples(4), tmp_path, max_steps=3, weight_decay=0.5, learning_rate=1e-2)
     optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert optimized == {id(p) for p in trained.values()}
+    decayed = {id(p) for group in trainer.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {id(p) for name, p in trained.items() if "norm" not in name and not name.endswith("bias")}
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != (name in trained), name
 
@@ -428,3 +433,47 @@ def test_own_loss_function_and_metrics(tiny, tmp_path):
         make_samples()
     )
     assert predictions.predictions.ndim == 3
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_a_run_logs(tiny, tmp_path, packed):
+    samples = make_samples(4)
+    model = copy.deepcopy(tiny)
+    model.config.text_config.pad_token_id = 0
+    arguments = training_arguments(tmp_path, per_device_train_batch_size=2, max_steps=2, gradient_accumulation_steps=2)
+    collator = PackedCollator(0, 128) if packed else collate
+    data = [samples[:1], samples[1:2], samples[2:3], samples[3:]] if packed else samples
+    trainer = NeoTrainer(model, arguments, data_collator=collator, train_dataset=data)
+    trainer.train()
+    tokens = sum(len(sample["input_ids"]) for sample in samples)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    for entry in logged:
+        if packed:
+            assert entry["row_fill"] == pytest.approx(tokens / (4 * 128), rel=1e-6)
+        else:
+            assert tokens / (4 * max(len(sample["input_ids"]) for sample in samples)) <= entry["row_fill"] < 1
+        assert entry["tokens_per_second"] > 0
+        assert entry["num_skipped"] == entry["num_overlong"] == 0
+        assert "mfu" not in entry  # of a CPU nobody knows the peak
+
+
+def test_stops_at_a_loss_spike(tiny, tmp_path):
+    samples = make_samples(1) * 8
+    spike = {**samples[0], "labels": samples[0]["labels"].roll(1)}  # what the model has not learnt
+
+    def learn(ratio):
+        arguments = training_arguments(tmp_path, max_steps=8, per_device_train_batch_size=1, learning_rate=3e-2)
+        data = [*samples[:6], spike, samples[0]]
+        callbacks = [StopOnLossSpike(ratio, window=3)]
+        trainer = NeoTrainer(
+            copy.deepcopy(tiny), arguments, data_collator=collate, train_dataset=data, callbacks=callbacks
+        )
+        trainer._get_train_sampler = lambda dataset: torch.utils.data.SequentialSampler(dataset)
+        trainer.train()
+
+    learn(1e6)
+    with pytest.raises(LossSpikeError, match=r"loss of step 7 is .* more than 2 times .* median of the last 3"):
+        learn(2)
+    with pytest.raises(ValueError, match=r"more than 1, got 0\.5"):
+        StopOnLossSpike(0.5)

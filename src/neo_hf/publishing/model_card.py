@@ -5,7 +5,7 @@ from ..configuration_neo import NeoConfig
 from ..modeling_neo import NeoForConditionalGeneration
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -35,6 +35,27 @@ class Provenance:
     source: str
     sha256: Mapping[str, str]
     converter: str = f"neo-hf {__version__}"
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """
+    A training run, as its model's card tells it.
+
+    base_model: Hub id or folder of the model it started from.
+    data: Hub ids or files of the training data.
+    recipe: The settings that decide what is learnt, by name.
+    history: A row of a table per evaluation, or one for the end where there was none.
+    scores: Metrics of the last evaluation other than the loss, by name.
+    versions: Versions of the libraries, by name.
+    """
+
+    base_model: str
+    data: Sequence[str]
+    recipe: Mapping[str, Any]
+    history: Sequence[Mapping[str, Any]]
+    scores: Mapping[str, float]
+    versions: Mapping[str, str]
 
 
 @cache
@@ -80,6 +101,7 @@ def render_model_card(
     released: str | None = None,
     provenance: Provenance | None = None,
     license: str | None = None,
+    training: TrainingRun | None = None,
 ) -> ModelCard:
     """
     The model card of a checkpoint in the layout of `save_pretrained`.
@@ -91,6 +113,7 @@ def render_model_card(
             data and published results. `None`: the card only says what follows from `config` and `provenance`.
         provenance: Origin of converted weights.
         license: Licence identifier, as the Hub spells it. Defaults to that of the released checkpoint, else "unknown".
+        training: The run that made the weights.
 
     Raises:
         ValueError: `released` is not a released checkpoint.
@@ -144,6 +167,25 @@ def render_model_card(
                 for group in results
                 for benchmark, score in group["scores"].items()
             ]
+    if training is not None:
+        tags += ["generated_from_trainer"]
+        data |= {
+            "base_model": training.base_model if _is_hub_id(training.base_model) else None,
+            "base_model_relation": "finetune" if _is_hub_id(training.base_model) else None,
+            "datasets": [name for name in training.data if _is_hub_id(name)] or None,
+        }
+        if training.scores:
+            data["model_name"] = name
+            data["eval_results"] = [
+                EvalResult(
+                    task_type="image-text-to-text",
+                    dataset_type="held-out",
+                    dataset_name="held-out data",
+                    metric_type=metric,
+                    metric_value=score,
+                )
+                for metric, score in training.scores.items()
+            ]
     return ModelCard.from_template(
         ModelCardData(tags=tags, **data),
         template_str=(TEMPLATES / "model_card.md.jinja").read_text(encoding="utf-8"),
@@ -155,6 +197,8 @@ def render_model_card(
         released=released,
         license=data["license"],
         provenance=provenance,
+        training=training,
+        shown=lambda name: name if _is_hub_id(name) else Path(name).name,
         release=release,
         **context,
     )
@@ -171,6 +215,10 @@ def read_license(folder: Path) -> str | None:
         return ModelCard.load(folder / "README.md").data.get("license")
     except (OSError, ValueError, yaml.YAMLError):  # no card, or none that the Hub could read
         return None
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def set_model_id(card: str, model_id: str) -> str:

@@ -1,9 +1,9 @@
 """
 Training NEO, in the order in which data passes through: records, shards and sources of them, samples and streams of
-these; packing and collators; the stages, the Trainer and its callback.
+these; packing and collators; the stages, the Trainer and its callbacks.
 """
 
-from neo_hf.training.callbacks import SampledAnswers
+from neo_hf.training.callbacks import LossSpikeError, SampledAnswers, StopOnLossSpike
 from neo_hf.training.collators import PackedCollator, PaddedCollator
 from neo_hf.training.packing import PackedDataset, fill_rows
 from neo_hf.training.samples import encode_record, normalize_patches
@@ -13,6 +13,7 @@ from neo_hf.training.streams import SampleStream, StreamLoader
 from neo_hf.training.trainer import NeoTrainer, NonFiniteLossError
 
 __all__ = [
+    "LossSpikeError",
     "NeoTrainer",
     "NonFiniteLossError",
     "PackedCollator",
@@ -21,6 +22,7 @@ __all__ = [
     "SampleStream",
     "SampledAnswers",
     "Source",
+    "StopOnLossSpike",
     "StreamLoader",
     "encode_record",
     "fill_rows",

@@ -1,6 +1,9 @@
-"""Answers of the model during training."""
+"""Callbacks: answers during training, and a stop where the loss jumps."""
 
+import logging
 import os
+import statistics
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -11,6 +14,8 @@ from neo_hf.loss_neo import IGNORE_INDEX
 from neo_hf.processing_neo import NeoProcessor
 from neo_hf.training.samples import normalize_patches
 from neo_hf.visualize.prompt import patches_to_image
+
+logger = logging.getLogger(__name__)
 
 
 def first_turn(sample: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,7 +29,8 @@ def first_turn(sample: dict) -> tuple[torch.Tensor, torch.Tensor]:
 class SampledAnswers(TrainerCallback):
     """
     After each evaluation, generate answers to the first question of some samples, and write them to
-    `output_dir/answers/step-N.md` next to the expected answers and the images as the model sees them.
+    `output_dir/answers/step-N.md` next to the expected answers and the images as the model sees them. The number of
+    those exactly as expected is logged.
 
     Args:
         samples: from `load_samples`.
@@ -40,7 +46,7 @@ class SampledAnswers(TrainerCallback):
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         assert model is not None
         # All processes generate, since a sharded model needs all of them; one writes.
-        pieces = [f"# Step {state.global_step}"]
+        pieces, num_right = [], 0
         folder = Path(args.output_dir) / "answers"
         if state.is_world_process_zero:
             folder.mkdir(parents=True, exist_ok=True)
@@ -66,6 +72,7 @@ class SampledAnswers(TrainerCallback):
             output = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
             answered = self.processor.decode(output[0, len(prompt) :], skip_special_tokens=True)
             expected = self.processor.decode(answer, skip_special_tokens=True)
+            num_right += answered.strip() == expected.strip()
             asked = self.processor.decode(prompt, skip_special_tokens=True)
             pieces.append(f"## {sample.get('name', number)}")
             for place, image in enumerate(images):
@@ -77,7 +84,45 @@ class SampledAnswers(TrainerCallback):
                 f"{title}\n\n```text\n{text.strip()}\n```"
                 for title, text in (("Prompt:", asked), ("Answer:", answered), ("Expected:", expected))
             ]
+        summary = f"{num_right} of {len(self.samples)} answers are exactly as expected."
+        logger.info("Step %d: %s", state.global_step, summary)
         if state.is_world_process_zero:
+            pieces = [f"# Step {state.global_step}", summary, *pieces]
             path = folder / f"step-{state.global_step}.md"
             path.with_suffix(".tmp").write_text("\n\n".join(pieces) + "\n", encoding="utf-8")
             os.replace(path.with_suffix(".tmp"), path)
+
+
+class LossSpikeError(RuntimeError):
+    """The loss jumped; the message says from where to where."""
+
+
+class StopOnLossSpike(TrainerCallback):
+    """
+    Raise a `LossSpikeError` when a logged loss exceeds `ratio` times the median of those before. Nothing is saved: run
+    again to go on from the last checkpoint, for instance with a lower learning rate.
+
+    Args:
+        ratio: more than 1.
+        window: how many logged losses the median is over, and how many there must be before it counts.
+
+    Raises:
+        ValueError: `ratio` is not more than 1.
+    """
+
+    def __init__(self, ratio: float, window: int = 20):
+        if not ratio > 1:
+            raise ValueError(f"The ratio of a loss spike must be more than 1, got {ratio}.")
+        self.ratio = ratio
+        self.losses: deque[float] = deque(maxlen=window)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in (logs or {}):
+            return
+        if len(self.losses) == self.losses.maxlen and logs["loss"] > self.ratio * statistics.median(self.losses):
+            raise LossSpikeError(
+                f"The loss of step {state.global_step} is {logs['loss']:.4g}, more than {self.ratio:g} times "
+                f"{statistics.median(self.losses):.4g}, the median of the last {len(self.losses)} logged. Saved "
+                f"checkpoints in {args.output_dir} are unaffected."
+            )
+        self.losses.append(logs["loss"])

@@ -41,13 +41,14 @@ def prepare_for_stage(model: NeoForConditionalGeneration, stage: str) -> dict[st
     for module in trained_modules:
         module.requires_grad_(True)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    count, total = _count(trained.values()), _count(model.parameters())
+    count, total = parameter_count(trained.values()), parameter_count(model.parameters())
     logger.info(
         "Stage %s trains %s of %s parameters (%.1f %%).", stage, f"{count:,}", f"{total:,}", 100 * count / total
     )
     return trained
 
 
-def _count(parameters: Iterable[nn.Parameter]) -> int:
+def parameter_count(parameters: Iterable[nn.Parameter]) -> int:
+    """Number of parameters, also where they are sharded."""
     # Under ZeRO-3, parameters are partitioned: `numel()` is 0, and DeepSpeed keeps the whole number.
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)

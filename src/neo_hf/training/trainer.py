@@ -1,19 +1,58 @@
 """The `Trainer` of transformers, for batches with loss weights."""
 
 import os
+import re
+import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from transformers import Trainer
+from transformers.training_args import OptimizerNames
 
 from neo_hf.loss_neo import next_token_targets
+from neo_hf.publishing.model_card import TrainingRun, count_parameters, placeholder_id, render_model_card
 from neo_hf.training.packing import PackedDataset
 from neo_hf.training.samples import normalize_patches
+from neo_hf.training.stages import parameter_count
 from neo_hf.training.streams import SampleStream, StreamLoader
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss is NaN or infinite; the message names the samples of the batch."""
+
+
+# bfloat16 FLOP/s without sparsity, from the data sheets of the SXM variants.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak FLOP/s in bfloat16 of a GPU by its name, or `None` if it is not in the table."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
+
+
+def num_left_out(dataset) -> tuple[int, int]:
+    """How many records this process skipped as bad, and left out as longer than a row."""
+    stream = getattr(dataset, "samples", dataset)
+    return getattr(stream, "num_skipped", 0), getattr(dataset, "num_dropped", 0)
+
+
+def training_history(log: list[dict]) -> tuple[list[dict], dict[str, float]]:
+    """From a Trainer's log, a row per evaluation (or one for the end), and the last evaluation's other metrics."""
+    rows, scores, loss = [], {}, None
+    for entry in log:
+        loss = entry.get("loss", loss)
+        if "eval_loss" in entry:
+            rows.append({"step": entry["step"], "training loss": loss, "validation loss": entry["eval_loss"]})
+            timing = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+            scores = {
+                name.removeprefix("eval_"): value
+                for name, value in entry.items()
+                if name.startswith("eval_") and name not in timing
+            }
+    if not rows:
+        rows = [{"step": log[-1]["step"] if log else 0, "training loss": loss}]
+    return [{k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows], scores
 
 
 class NeoTrainer(Trainer):
@@ -26,10 +65,19 @@ class NeoTrainer(Trainer):
       and a resumed run continues there (`StreamLoader`), where `Trainer` reads again what was seen. With
       `ignore_data_skip`, it begins the stream anew.
     - Patches that are uint8 are normalised on the device, with the settings of the processor.
+    - Weight decay spares all norms. `Trainer` does not know `q_norm_h` and the like by their names.
     - The model computes logits only if they are used.
+    - A tied output head is saved once, however the model is sharded.
+    - `create_model_card` writes NEO's card.
+    - With the training loss it logs `tokens_per_second` (of all processes, without padding), `row_fill` (the share of
+      the batches that is not padding), `num_skipped` and `num_overlong` (records left out since the processes started)
+      and, on GPUs whose peak is known, `mfu` (model FLOPs utilisation: 6 x parameters x tokens, without attention).
     - A NaN or infinite loss raises a `NonFiniteLossError` with the `sample_names`, before the weights are updated.
     """
 
+    # Tokens and places in the batches since the last log.
+    _counted: torch.Tensor | None = None
+    _counting_since = 0.0
     _stream_loader: StreamLoader | None = None
 
     def get_train_dataloader(self):
@@ -86,6 +134,35 @@ class NeoTrainer(Trainer):
             inputs["pixel_values"] = normalize_patches(patches, image_processor)
         return inputs
 
+    def get_batch_samples(self, *args, **kwargs):
+        if self._counted is None:
+            self._counted, self._counting_since = torch.zeros(2, device=self.args.device), time.perf_counter()
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            ids = batch["input_ids"]
+            not_padding = batch.get("attention_mask", ids != self._pad_token_id)
+            counts = torch.stack([not_padding.sum(), torch.tensor(ids.numel(), device=ids.device)])
+            self._counted += counts.to(self.args.device)
+        return batches, num_items
+
+    @property
+    def _pad_token_id(self) -> int:
+        known = getattr(self.processing_class, "tokenizer", self.model.config.get_text_config())
+        return -1 if known.pad_token_id is None else known.pad_token_id
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._counted is not None:
+            seconds = time.perf_counter() - self._counting_since
+            left_out = torch.tensor(num_left_out(self.train_dataset), device=self.args.device)
+            counted = self.accelerator.reduce(torch.cat([self._counted, left_out]), "sum")
+            tokens, places, logs["num_skipped"], logs["num_overlong"] = map(int, counted.tolist())
+            logs |= {"tokens_per_second": tokens / seconds, "row_fill": tokens / places}
+            if self.args.device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name())):
+                flops = 6 * parameter_count(self.model.parameters()) * logs["tokens_per_second"]
+                logs["mfu"] = flops / (peak * self.args.world_size)
+            self._counted = None
+        super().log(logs, start_time)
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         if not batch_samples or not all("loss_weight" in batch for batch in batch_samples):
             return super()._get_num_items_in_batch(batch_samples, device)
@@ -102,6 +179,63 @@ class NeoTrainer(Trainer):
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             weight = self.accelerator.gather(weight).sum() / self.get_tp_size()  # tensor-parallel ranks share a batch
         return weight
+
+    def create_model_card(self, license=None, model_name=None, finetuned_from=None, dataset=(), stage=None):
+        """
+        Write `output_dir/README.md`: the architecture, examples, and what this run did.
+
+        Args:
+            license: identifier as the Hub spells it.
+            model_name: Hub id from which the card's examples load the model.
+            finetuned_from: Hub id or folder of the model that training started from; by default as it was loaded.
+            dataset: Hub ids or files of the training data.
+            stage: what `prepare_for_stage` was called with.
+        """
+        if not self.is_world_process_zero():
+            return
+        model, args = self.accelerator.unwrap_model(self.model), self.args
+        trained = parameter_count(p for p in model.parameters() if p.requires_grad)
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        recipe = {
+            **({"stage": stage} if stage else {}),
+            "trained parameters": f"{trained:,}, of a model of {count_parameters(model.config)['total']:,}",
+            "steps": self.state.global_step,
+            "rows per step": rows,
+            "tokens per row": getattr(self.data_collator, "max_length", "those of the longest sample"),
+            "loss weighting": getattr(self.data_collator, "loss_weighting", "token"),
+            "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}, warm-up {args.warmup_steps:g}",
+            "optimizer": f"{OptimizerNames(args.optim).value}, betas {args.adam_beta1:g} and {args.adam_beta2:g}",
+            "weight decay": f"{args.weight_decay:g}",
+            "gradient clipping": f"{args.max_grad_norm:g}",
+            "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+            "seed": args.seed,
+        }
+        history, scores = training_history(self.state.log_history)
+        card = render_model_card(
+            model.config,
+            model_name or placeholder_id(args.output_dir),
+            license=license,
+            training=TrainingRun(
+                base_model=finetuned_from or model.name_or_path,
+                data=[dataset] if isinstance(dataset, str) else list(dataset or ()),
+                recipe=recipe,
+                history=history,
+                scores=scores,
+                versions={name: version(name) for name in ("neo-hf", "transformers", "torch", "accelerate")},
+            ),
+        )
+        card.save(Path(args.output_dir) / "README.md")
+
+    def get_decay_parameter_names(self, model):
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if not re.search(r"_norm_[hw]\.", name)]
+
+    def _save(self, output_dir=None, state_dict=None):
+        # FSDP2 and ZeRO-2 gather a tied output head as a tensor of its own.
+        tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", {})
+        if state_dict is not None:
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
 
     @property
     def _loss_is_the_models(self) -> bool:
