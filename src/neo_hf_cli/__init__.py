@@ -7,7 +7,7 @@ usage errors should not. The modules that declare the commands therefore import 
 and everything else inside the commands.
 """
 
-from . import conversion, inference
+from . import conversion, inference, training
 
 import os
 import sys
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(inference.app)
 app.add_typer(conversion.app)
+app.add_typer(training.app)
 
 
 def _print_version(wanted: bool):
