@@ -64,7 +64,7 @@ async function loop(current) {
     const questions = field("questions").value.split("\n").map(line => line.trim()).filter(Boolean);
     let status;
     try {
-      status = await server.live_frame({
+      status = await server.show_frame({
         key: neoSession(),
         image: grab(),
         timestamp: start + slot * period,
@@ -132,7 +132,7 @@ const actions = {
   stop,
   reset: async () => {
     stop();
-    await server.live_reset(neoSession());
+    await server.forget(neoSession());
     nextTime = 0;
     showStatus({ shown: 0, frames: 0, tokens: 0, seconds: 0, bytes: 0 });
     showAnswers([], []);
@@ -146,7 +146,7 @@ chooser.addEventListener("change", () => {
 });
 
 // What the stream holds after a reload.
-server.live_status(neoSession()).then(status => {
+server.get_status(neoSession()).then(status => {
   showStatus(status);
   if (status.timestamp !== undefined && status.timestamp !== null) nextTime = status.timestamp + 1;
 });

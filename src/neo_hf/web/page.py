@@ -129,14 +129,13 @@ class Page:
             file_types=FILE_TYPES,
             sources=["upload"],
             elem_id="question",
-            html_attributes=gr.InputHTMLAttributes(aria_label="Question"),
         )
         with gr.Row(elem_id="examples"):
             for label, (question, files) in EXAMPLES.items():
                 value = {"text": question, "files": [str(file) for file in files]}
                 button = gr.Button(label, size="sm", min_width=80)
                 button.click(lambda value=value: value, outputs=message, queue=False, api_visibility="private")
-            start_over = gr.Button("Start over", size="sm", min_width=80, variant="stop")
+            start_over = gr.Button("Start over", size="sm", min_width=80)
         with gr.Accordion("Camera", open=False):
             camera = self._camera = gr.Image(sources=["webcam"], type="filepath", label="A photo goes with the next question")
         with gr.Accordion("Settings", open=False):
@@ -271,11 +270,30 @@ class Page:
     # Live
 
     def _add_live(self):
+        # Called by live.js. Frames do not pass through the queue: each page has at most one under way.
+        def show_frame(frame: dict) -> dict:
+            try:
+                session = self.sessions.get(frame["key"])
+                session.used = time.monotonic()
+                return session.live.add_frame(
+                    frame["image"], frame["timestamp"], frame["max_tokens"], frame["questions"]
+                )
+            except (ValueError, RuntimeError) as error:
+                return {"error": str(error)}
+
+        def get_status(key: str) -> dict:
+            session = self.sessions.find(key)
+            return session.live.status() if session else {}
+
+        def forget(key: str) -> dict:
+            self._forget_live(key)
+            return {}
+
         gr.HTML(
             html_template=(HERE / "live.html").read_text(),
             css_template=(HERE / "live.css").read_text(),
             js_on_load=(HERE / "live.js").read_text(),
-            server_functions=[self.live_frame, self.live_status, self.live_reset],
+            server_functions=[show_frame, get_status, forget],
             apply_default_css=False,
             elem_id="live",
             side=self.frame_side,
@@ -298,28 +316,9 @@ class Page:
             concurrency_id="answers",
         )
 
-    def live_frame(self, frame: dict) -> dict:
-        """Called by live.js: `Live.add_frame`; an error is part of the result."""
-        try:
-            session = self.sessions.get(frame["key"])
-            result = session.live.add_frame(
-                frame["image"], frame["timestamp"], frame.get("max_tokens"), frame.get("questions", ())
-            )
-            session.used = time.monotonic()
-            return result
-        except (ValueError, RuntimeError) as error:
-            return {"error": str(error)}
-
-    def live_status(self, key: str) -> dict:
-        """Called by live.js: what the stream holds, after a reload."""
-        session = self.sessions.find(key)
-        return session.live.status() if session else {}
-
-    def live_reset(self, key: str) -> dict:
-        """Called by live.js: forget the stream."""
+    def _forget_live(self, key: str):
         if session := self.sessions.find(key):
             session.live = self.sessions.new_live()
-        return {}
 
     def _live_ask(self, key: str, question: str) -> Iterator[str]:
         session = self.sessions.find(key)
@@ -342,8 +341,8 @@ class Page:
         with gr.Row():
             number = gr.Dropdown([], label="Answer", scale=3, elem_id="answer-number")
             layers = self.sessions.model.config.text_config.num_hidden_layers
-            choices = [("mean of all layers", None), *((f"layer {n}", n) for n in range(layers))]
-            layer = gr.Dropdown(choices, value=None, label="Attention", scale=1)
+            names = ["mean of all layers", *(f"layer {n}" for n in range(layers))]
+            layer = gr.Dropdown(names, value=names[0], type="index", label="Attention", scale=1)
         tokens = gr.HTML(elem_id="tokens", js_on_load=(HERE / "tokens.js").read_text())
         chosen = gr.State(None)
         figure = gr.HTML(elem_id="figure")
@@ -363,7 +362,7 @@ class Page:
         def choose(event: gr.EventData) -> int:
             return int(event._data["token"])
 
-        def draw(key: str, number: int | None, token: int | None, layer: int | None) -> dict:
+        def draw(key: str, number: int | None, token: int | None, layer: int) -> dict:
             session = self.sessions.find(key)
             if session is None or number is None or token is None:
                 return {}
@@ -376,7 +375,7 @@ class Page:
                     return {}
                 inputs = conversation.inputs_before(token)
                 buttons = _token_buttons(conversation, number, token)
-            return {figure: self._draw(inputs, layer), tokens: buttons}
+            return {figure: self._draw(inputs, layer - 1 if layer else None), tokens: buttons}
 
         self._chatbot.change(list_answers, [self._key], number, queue=False, api_visibility="private")
         number.change(list_tokens, [self._key, number], [tokens, chosen, figure], queue=False, api_visibility="private")
@@ -477,7 +476,7 @@ class Page:
             """Forget the conversation and the live video."""
             key = _client_key(request)
             self._start_over(key)
-            self.live_reset(key)
+            self._forget_live(key)
             return "ok"
 
         def show_frame(
@@ -522,16 +521,14 @@ def _add_settings(sessions: Sessions) -> list[gr.components.Component]:
     with gr.Row():
         return [
             gr.Number(
-                None,
+                0,
                 label="Pixel budget",
-                info=f"per image or frame; empty: the model's own, {processor.max_pixels:,} for images",
-                minimum=processor.min_pixels,
+                info=f"per image or frame; 0: the model's own, {processor.max_pixels:,} for images",
+                minimum=0,
                 precision=0,
                 min_width=200,
             ),
-            gr.Number(
-                None, label="Frames of a video", info="empty: one per second", minimum=1, precision=0, min_width=200
-            ),
+            gr.Number(0, label="Frames of a video", info="0: one per second", minimum=0, precision=0, min_width=200),
             gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0: the most likely token", min_width=200),
             gr.Slider(0.05, 1, 1, step=0.05, label="Top p", info="with a temperature", min_width=200),
             gr.Slider(1, 4096, 512, step=1, label="Length", info="tokens of an answer, at most", min_width=200),
@@ -539,7 +536,7 @@ def _add_settings(sessions: Sessions) -> list[gr.components.Component]:
 
 
 def _settings(max_pixels, num_frames, temperature, top_p, max_new_tokens) -> Settings:
-    """From the values of the page, where an empty number is `None` or 0."""
+    """From the values of the page, where 0 or nothing stands for the model's own number."""
     return Settings(
         max_pixels=int(max_pixels) if max_pixels else None,
         num_frames=int(num_frames) if num_frames else None,
