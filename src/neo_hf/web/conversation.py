@@ -30,10 +30,14 @@ class Settings:
     top_p: float = 1.0
     max_new_tokens: int = 512
 
-    def processor_kwargs(self) -> dict[str, dict]:
-        pixels = {} if self.max_pixels is None else {"max_pixels": self.max_pixels}
-        frames = {} if self.num_frames is None else {"num_frames": self.num_frames}
-        return {"images_kwargs": pixels, "videos_kwargs": pixels | frames}
+    def processor_kwargs(self, processor: NeoProcessor) -> dict[str, dict]:
+        images, videos = {}, {}
+        if self.max_pixels is not None:  # also where it is below the processor's smallest
+            for kwargs, own in ((images, processor.image_processor), (videos, processor.video_processor)):
+                kwargs |= {"max_pixels": self.max_pixels, "min_pixels": min(own.min_pixels, self.max_pixels)}
+        if self.num_frames is not None:
+            videos["num_frames"] = self.num_frames
+        return {"images_kwargs": images, "videos_kwargs": videos}
 
     def generate_kwargs(self) -> dict[str, Any]:
         if self.temperature == 0:
@@ -105,7 +109,7 @@ class Conversation:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs=settings.processor_kwargs(),
+            processor_kwargs=settings.processor_kwargs(self.processor),
         )
         new = inputs["input_ids"][0].tolist()
         if self.ids:  # which end where the last answer does

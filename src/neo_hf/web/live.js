@@ -49,7 +49,7 @@ async function loop(current) {
   const first = performance.now();
   const start = nextTime;
   const recent = [];
-  let slot = -1, skipped = 0;
+  let slot = -1, skipped = 0, lastSkip = -Infinity;
   show("skipped", 0);
   while (current === run) {
     const period = 1 / Math.max(0.1, field("rate").valueAsNumber || 1);
@@ -59,7 +59,10 @@ async function loop(current) {
       await new Promise(resolve => setTimeout(resolve, 1000 * ((slot + 1) * period - elapsed)));
       continue;
     }
-    if (slot >= 0) skipped += due - slot - 1;
+    if (slot >= 0 && due > slot + 1) {
+      skipped += due - slot - 1;
+      lastSkip = performance.now();
+    }
     slot = due;
     const questions = field("questions").value.split("\n").map(line => line.trim()).filter(Boolean);
     let status;
@@ -89,7 +92,7 @@ async function loop(current) {
     show("skipped", skipped);
     showStatus(status);
     showAnswers(questions, status.answers);
-    say(skipped ? "Frames are skipped: the model is slower than this rate." : "", true);
+    say(now - lastSkip < 3000 ? "Frames are skipped: the model is slower than this rate." : "", true);
     if (video.ended) stop();
   }
 }

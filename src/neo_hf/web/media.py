@@ -33,15 +33,22 @@ class Upload:
     thumbnails: list[str] = field(repr=False)
 
 
-def read_uploads(files: Sequence[str]) -> list[Upload]:
+def read_uploads(files: Sequence[str], folder: str | os.PathLike) -> list[Upload]:
     """
     Read files into memory.
+
+    Args:
+        folder: where uploads are. What is elsewhere is not read: requests can name any path.
 
     Raises:
         ValueError: there are too many, or one is too large, no image or video, or cannot be read; names the file.
     """
     if len(files) > MAX_FILES:
         raise ValueError(f"A question can have up to {MAX_FILES} files, got {len(files)}.")
+    root = Path(folder).resolve()
+    for file in files:
+        if not Path(file).resolve().is_relative_to(root):
+            raise ValueError(f"{Path(file).name} was not uploaded.")
     return [_read_upload(Path(file)) for file in files]
 
 

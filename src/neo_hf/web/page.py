@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from neo_hf import NeoForConditionalGeneration, NeoProcessor
 from neo_hf.loading import EXAMPLE_IMAGE
 from neo_hf.web.conversation import Conversation, Settings, Turn
-from neo_hf.web.media import MAX_FILE_BYTES, delete_old_files, read_uploads
+from neo_hf.web.media import MAX_FILE_BYTES, Upload, delete_old_files, read_uploads
 from neo_hf.web.sessions import Session, Sessions
 
 HERE = Path(__file__).parent
@@ -103,6 +104,9 @@ class Page:
         }
         return self.blocks.launch(**(settings | launch_kwargs))
 
+    def _read(self, files: list[str]) -> list[Upload]:
+        return read_uploads(files, self._uploads.name)
+
     def _sweep(self):
         while True:
             time.sleep(SWEEP_SECONDS)
@@ -164,7 +168,7 @@ class Page:
             gr.Warning("The last answer is still being written. Stop it first.")
             return
         try:
-            pieces = session.conversation.ask(text, read_uploads(files), _settings(*settings))
+            pieces = session.conversation.ask(text, self._read(files), _settings(*settings))
             yield from self._write(session, pieces)
         except (ValueError, OSError) as error:
             gr.Warning(html.escape(str(error)), title="The question was not asked")
@@ -427,7 +431,7 @@ class Page:
         def compare(message: dict, *chosen) -> Iterator[list]:
             shown = ["", "", "", ""]
             try:
-                uploads = read_uploads(message["files"])
+                uploads = self._read(message["files"])
                 for side, (name, *settings) in enumerate((chosen[:size], chosen[size:])):
                     conversation = self.models[name].new_conversation()
                     for _ in conversation.ask(message["text"].strip(), uploads, _settings(*settings)):
@@ -465,12 +469,13 @@ class Page:
         ) -> Iterator[str]:
             """Ask about images, videos or text. The conversation goes on with each call; yields the answer so far."""
             settings = _settings(max_pixels, num_frames, temperature, top_p, max_new_tokens)
-            session = self._session_of_client(request)
-            with session.lock:
-                pieces = session.conversation.ask(question, read_uploads([file["path"] for file in files]), settings)
-                for _ in pieces:
+            with _errors_for_clients():
+                session = self.sessions.get(_client_key(request))
+                with session.lock:
+                    uploads = self._read([file["path"] for file in files])
+                    for _ in session.conversation.ask(question, uploads, settings):
+                        yield session.conversation.turns[-1].answer
                     yield session.conversation.turns[-1].answer
-                yield session.conversation.turns[-1].answer
 
         def start_over(request: gr.Request) -> str:
             """Forget the conversation and the live video."""
@@ -490,25 +495,32 @@ class Page:
             Show a live frame, a `data:` URI, and answer standing questions. Returns what the cache holds, the answers
             and the times.
             """
-            return self._session_of_client(request).live.add_frame(image, timestamp, max_tokens, questions or ())
+            with _errors_for_clients():
+                session = self.sessions.get(_client_key(request))
+                return session.live.add_frame(image, timestamp, max_tokens, questions or ())
 
         def ask_live(question: str, request: gr.Request) -> Iterator[str]:
             """Ask about the frames shown so far; yields the answer so far."""
             answer = ""
-            for piece in self._session_of_client(request).live.ask(question, LIVE_ANSWER_TOKENS):
-                answer += piece
-                yield answer
+            with _errors_for_clients():
+                session = self.sessions.get(_client_key(request))
+                for piece in session.live.ask(question, LIVE_ANSWER_TOKENS):
+                    answer += piece
+                    yield answer
 
         for function in (ask, ask_live):
             gr.api(function, concurrency_limit=ANSWERS_AT_ONCE, concurrency_id="answers")
         gr.api(show_frame, concurrency_limit=ANSWERS_AT_ONCE)
         gr.api(start_over, queue=False)
 
-    def _session_of_client(self, request: gr.Request) -> Session:
-        try:
-            return self.sessions.get(_client_key(request))
-        except ValueError as error:
-            raise gr.Error(str(error)) from error
+
+@contextmanager
+def _errors_for_clients():
+    """Errors whose message `gradio_client` raises again."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError) as error:
+        raise gr.Error(str(error), print_exception=False) from error
 
 
 def _client_key(request: gr.Request) -> str:
