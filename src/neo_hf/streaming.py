@@ -414,7 +414,6 @@ class NeoStream:
         self._position_ids = self._position_ids[..., keep]
 
 
-
 @dataclass(frozen=True)
 class WatchedFrame:
     """

@@ -1,5 +1,5 @@
 """
-`neo-hf web`: a page to chat with a model, to show it live video, and to look at what it sees. Needs Gradio (extra `web`).
+`neo-hf web`: a page to chat with a model, show it live video and look at what it sees. Needs Gradio (extra `web`).
 
 `page.py` lays out the page, `sessions.py` keeps what each person has, `conversation.py` and `live.py` are what they
 have, and `media.py` reads what they send.

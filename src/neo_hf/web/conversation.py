@@ -31,7 +31,8 @@ class Settings:
     max_new_tokens: int = 512
 
     def processor_kwargs(self, processor: NeoProcessor) -> dict[str, dict]:
-        images, videos = {}, {}
+        images: dict[str, int] = {}
+        videos: dict[str, int] = {}
         if self.max_pixels is not None:  # also where it is below the processor's smallest
             for kwargs, own in ((images, processor.image_processor), (videos, processor.video_processor)):
                 kwargs |= {"max_pixels": self.max_pixels, "min_pixels": min(own.min_pixels, self.max_pixels)}
@@ -96,8 +97,8 @@ class Conversation:
 
     def ask(self, question: str, uploads: list[Upload], settings: Settings) -> Iterator[str]:
         """
-        Add a question, and return an iterator over pieces of its answer. If it is closed early, the answer so far stays in the
-        conversation.
+        Add a question, and return an iterator over pieces of its answer. If it is closed early, the answer so far
+        stays in the conversation.
 
         Raises:
             ValueError: the question cannot be read, or does not fit. The conversation is as before.

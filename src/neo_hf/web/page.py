@@ -59,7 +59,9 @@ class Page:
         idle_seconds: float = 1800,
         frame_side: int = 448,
     ):
-        self.models = {name: Sessions(*parts, max_sessions, max_tokens, idle_seconds) for name, parts in models.items()}
+        self.models = {
+            name: Sessions(*parts, max_sessions, max_tokens, idle_seconds) for name, parts in models.items()
+        }
         name, self.sessions = next(iter(self.models.items()))
         self.frame_side = frame_side
         self._drawn_model = _with_same_weights(self.sessions.model)
@@ -88,7 +90,7 @@ class Page:
         self.blocks.queue(max_size=QUEUE_SIZE, default_concurrency_limit=ANSWERS_AT_ONCE)
 
     def launch(self, **launch_kwargs: Any) -> tuple[Any, str, str]:
-        """Serve the page. `launch_kwargs` are arguments of Gradio's `launch()`: `server_name`, `auth`, `root_path`, ..."""
+        """Serve the page. `launch_kwargs` are those of Gradio's `launch()`: `server_name`, `auth`, `root_path`, ..."""
         threading.Thread(target=self._sweep, daemon=True).start()
         theme = gr.themes.Default(
             primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
@@ -100,7 +102,7 @@ class Page:
             "max_file_size": MAX_FILE_BYTES,
             "share": False,
             "ssr_mode": False,
-            "footer_links": ["api", "settings"],
+            "footer_links": ["settings", "api"],
         }
         return self.blocks.launch(**(settings | launch_kwargs))
 
@@ -141,7 +143,9 @@ class Page:
                 button.click(lambda value=value: value, outputs=message, queue=False, api_visibility="private")
             start_over = gr.Button("Start over", size="sm", min_width=80)
         with gr.Accordion("Camera", open=False):
-            camera = self._camera = gr.Image(sources=["webcam"], type="filepath", label="A photo goes with the next question")
+            camera = self._camera = gr.Image(
+                sources=["webcam"], type="filepath", label="A photo goes with the next question"
+            )
         with gr.Accordion("Settings", open=False):
             settings = _add_settings(self.sessions)
 
@@ -190,7 +194,12 @@ class Page:
         conversation = session.conversation
         session.is_stopping.clear()
         stoppable = gr.MultimodalTextbox(value={"text": "", "files": []}, submit_btn=False, stop_btn=True)
-        yield {self._chatbot: _transcript(conversation), self._message: stoppable, self._camera: None, self._status: ""}
+        yield {
+            self._chatbot: _transcript(conversation),
+            self._message: stoppable,
+            self._camera: None,
+            self._status: "",
+        }
         updated = time.monotonic()
         try:
             for _ in pieces:
@@ -382,7 +391,9 @@ class Page:
             return {figure: self._draw(inputs, layer - 1 if layer else None), tokens: buttons}
 
         self._chatbot.change(list_answers, [self._key], number, queue=False, api_visibility="private")
-        number.change(list_tokens, [self._key, number], [tokens, chosen, figure], queue=False, api_visibility="private")
+        number.change(
+            list_tokens, [self._key, number], [tokens, chosen, figure], queue=False, api_visibility="private"
+        )
         drawing = {"concurrency_limit": 1, "api_visibility": "private"}
         tokens.select(choose, outputs=chosen, queue=False, api_visibility="private").then(
             draw, [self._key, number, chosen, layer], [figure, tokens], **drawing
@@ -419,10 +430,14 @@ class Page:
                 with gr.Column(min_width=300):
                     name = gr.Dropdown(names, value=names[min(side, len(names) - 1)], label=f"Model {letter}")
                     answer = gr.Textbox(
-                        label=f"Answer {letter}", interactive=False, lines=4, buttons=["copy"], elem_id=f"answer-{letter}"
+                        label=f"Answer {letter}",
+                        interactive=False,
+                        lines=4,
+                        buttons=["copy"],
+                        elem_id=f"answer-{letter}",
                     )
                     status = gr.Markdown()
-                    with gr.Accordion(f"Settings {letter}", open=len(names) == 1):
+                    with gr.Accordion(f"Settings {letter}", open=side == 1 and len(names) == 1):
                         settings = _add_settings(self.sessions)
                     sides.append([name, *settings])
                     outputs += [answer, status]

@@ -5,7 +5,6 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import chain
 
 from neo_hf import NeoForConditionalGeneration, NeoProcessor
 from neo_hf.web.conversation import Conversation
@@ -48,7 +47,11 @@ class Sessions:
         max_tokens: int = 8192,
         idle_seconds: float = 1800,
     ):
-        for name, limit in (("max_sessions", max_sessions), ("max_tokens", max_tokens), ("idle_seconds", idle_seconds)):
+        for name, limit in (
+            ("max_sessions", max_sessions),
+            ("max_tokens", max_tokens),
+            ("idle_seconds", idle_seconds),
+        ):
             if limit <= 0:
                 raise ValueError(f"{name} must be positive, got {limit}.")
         self.model = model
@@ -105,14 +108,16 @@ class Sessions:
     def num_bytes(self) -> int:
         """Memory that all sessions hold now."""
         sessions = list(self._sessions.values())
-        return sum(part.num_bytes for part in chain.from_iterable((s.conversation, s.live) for s in sessions))
+        return sum(session.conversation.num_bytes + session.live.num_bytes for session in sessions)
 
     def max_bytes(self) -> int:
         """
         The most that all sessions can hold: keys and values with an eighth of spare room, and the pixels of
         conversations. While answers are written, their forks of live streams come on top.
         """
-        return int(self.max_sessions * self.max_tokens * (2 * 9 / 8 * bytes_per_token(self.model) + self._pixel_bytes()))
+        return int(
+            self.max_sessions * self.max_tokens * (2 * 9 / 8 * bytes_per_token(self.model) + self._pixel_bytes())
+        )
 
     def _pixel_bytes(self) -> int:
         vision = self.model.config.vision_config
