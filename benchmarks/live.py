@@ -94,8 +94,8 @@ def measure(tab, server: subprocess.Popen, args: argparse.Namespace):
             now, count = time.perf_counter(), int(shown("shown"))
             seconds = re.search(r"\((.*)\)", answer.input_value())
             print(
-                f"| {now - started:.0f} | {(count - before) / (now - last):.1f} | {shown('skipped')} | {shown('frame')} "
-                f"| {seconds[1] if seconds else '-'} | {shown('tokens')} | {shown('bytes')} "
+                f"| {now - started:.0f} | {(count - before) / (now - last):.1f} | {shown('skipped')} "
+                f"| {shown('frame')} | {seconds[1] if seconds else '-'} | {shown('tokens')} | {shown('bytes')} "
                 f"| {resident_megabytes(server):.0f} MB |",
                 flush=True,
             )

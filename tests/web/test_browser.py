@@ -1,5 +1,5 @@
 """
-The page in Chromium, with a camera that plays a clip of NEO-nano's world. `make test-web` installs what it needs.
+The page in Chromium, with a camera that plays a clip of NEO-nano's world. `make test-web` installs it.
 
 With `WEB_SCREENSHOTS=FOLDER` in the environment, the pictures of docs/web.md and one of each tab on a phone are written
 there.
@@ -13,15 +13,16 @@ from pathlib import Path
 
 import av
 import pytest
+
+pytest.importorskip("gradio", reason="needs Gradio: make test-web, or pip install 'neo-hf[web]'")
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: make test-web")
+
 from test_web import CAPTION, DIRECTION
 from world import Shape, draw
 
 from neo_hf.loading import EXAMPLE_IMAGE
 from neo_hf.web.page import EXAMPLES
 
-sync_api = pytest.importorskip(
-    "playwright.sync_api", reason="needs Playwright: make test-web, or pip install playwright"
-)
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: make test-web, or apt-get install chromium")
 expect = sync_api.expect

@@ -4,18 +4,28 @@ import base64
 import dataclasses
 import io
 import os
+import re
+import shutil
+import subprocess
+import sys
 import time
 
-import httpx
 import pytest
 import torch
-from gradio_client import Client, handle_file
-from gradio_client.exceptions import AppError
-from helpers import image_message
+import yaml
+from helpers import ROOT, image_message
+from packaging.requirements import Requirement
 from PIL import Image
 from world import Shape, draw
 
 from neo_hf.loading import EXAMPLE_IMAGE
+
+pytest.importorskip("gradio", reason="needs Gradio: make test-web, or pip install 'neo-hf[web]'")
+
+import httpx
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+
 from neo_hf.web import Page
 from neo_hf.web.conversation import Conversation, Settings
 from neo_hf.web.live import Live
@@ -124,7 +134,7 @@ def test_question_without_room_leaves_the_conversation(nano):
     conversation = Conversation(*nano, max_tokens=64)
     answer = ask(conversation, "How many shapes are there?", EXAMPLE_IMAGE)
     before = dataclasses.replace(conversation.turns[0]), list(conversation.ids)
-    with pytest.raises(ValueError, match="no room for this question: it has .* limit is 64"):
+    with pytest.raises(ValueError, match=r"no room for this question: it has .* limit is 64"):
         ask(conversation, "What changed?", EXAMPLE_IMAGE)
     assert (conversation.turns[0], conversation.ids) == before
     assert answer == "3"
@@ -255,6 +265,38 @@ def test_client_shows_live_video(page):
     assert client.predict(api_name="/ask_live", question=DIRECTION) == "right"
     with pytest.raises(AppError, match="at least 3"):
         client.predict(api_name="/show_frame", image=frame, timestamp=1.0)
+
+
+def test_documented_calls(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(EXAMPLE_IMAGE, "scene.png")
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "web.md").read_text(), flags=re.DOTALL):
+        block = block.replace("http://127.0.0.1:7860", page.url).replace(
+            "server_port=7861", "prevent_thread_lock=True"
+        )
+        exec(compile(block, "docs/web.md", "exec"), names)
+    names["page"].blocks.close()
+    assert "['3'] " in capsys.readouterr().out
+
+
+def test_space_runs_as_pushed(tmp_path):
+    for file in (ROOT / "spaces").iterdir():
+        shutil.copy(file, tmp_path)
+    header = yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1])
+    assert header["sdk"] == "gradio"
+    assert f"gradio=={header['sdk_version']}" in (ROOT / "constraints-web.txt").read_text().splitlines()
+    assert Requirement((tmp_path / "requirements.txt").read_text()).extras == {"web"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-u", header["app_file"]]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as space:
+        try:
+            url = next(found[0] for line in space.stdout if (found := re.search(r"http://\S+", line)))
+            files = [handle_file(EXAMPLE_IMAGE)]
+            answer = Client(url, verbose=False).predict(question="Describe the picture.", files=files, api_name="/ask")
+        finally:
+            space.terminate()
+    assert answer == CAPTION
 
 
 def test_no_file_of_the_server_can_be_read(page, tmp_path):

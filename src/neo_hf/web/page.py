@@ -80,9 +80,9 @@ class Page:
                 with gr.Tab("Compare"):
                     self._add_compare()
             gr.Markdown(
-                f"Up to {max_sessions} people at once, each with {max_tokens:,} tokens of chat and {max_tokens:,} of live "
-                f"video: at most {_size(self.sessions.max_bytes())} in all. What was not used for {idle_seconds / 60:g} "
-                f"minutes is freed. Files are deleted after {KEEP_UPLOADS_SECONDS // 60} minutes.",
+                f"Up to {max_sessions} people at once, each with {max_tokens:,} tokens of chat and {max_tokens:,} of "
+                f"live video: at most {_size(self.sessions.max_bytes())} in all. What was not used for "
+                f"{idle_seconds / 60:g} minutes is freed, files after {KEEP_UPLOADS_SECONDS // 60} minutes.",
                 elem_id="limits",
             )
             self._restore_on_load()
