@@ -128,13 +128,15 @@ def web(
     idle_minutes: Annotated[float, typer.Option(metavar="M", help="What was not used for so long is freed.")] = 30,
 ):
     """Serve a page to chat, show live video, and look at what the model sees."""
+    if auth is not None and not all(auth.partition(":")):
+        raise ValueError("--auth must be USER:PASSWORD.")
+    if compare is not None and Path(compare).name == Path(model_name).name:
+        raise ValueError(f"--compare needs a model of another name, got {compare} twice.")
     from .prompts import load
 
     from neo_hf.loading import NANO
     from neo_hf.web import Page  # needs Gradio
 
-    if auth is not None and not all(auth.partition(":")):
-        raise ValueError("--auth must be USER:PASSWORD.")
     models = {Path(name).name: load(name) for name in (model_name, compare) if name is not None}
     frame_side = 64 if model_name == str(NANO) else 448
     page = Page(models, max_sessions, max_tokens, 60 * idle_minutes, frame_side)

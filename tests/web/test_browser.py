@@ -1,8 +1,7 @@
 """
 The page in Chromium, with a camera that plays a clip of NEO-nano's world. `make test-web` installs it.
 
-With `WEB_SCREENSHOTS=FOLDER` in the environment, the pictures of docs/web.md and one of each tab on a phone are written
-there.
+With `WEB_SCREENSHOTS=FOLDER`, the pictures of docs/web.md and one of each tab on a phone are written to that folder.
 """
 
 import functools
@@ -164,6 +163,19 @@ def test_answer_can_be_stopped(tab, page, monkeypatch):
     answer = tab.locator("#conversation [data-testid=bot]").inner_text().strip()
     assert CAPTION.startswith(answer)
     assert answer != CAPTION
+    monkeypatch.undo()
+    assert ask(tab, "How many shapes are there?") == "3"
+
+
+def test_reload_keeps_what_an_answer_had(tab, page, monkeypatch):
+    monkeypatch.setattr(page.sessions.model, "forward", slowed(page.sessions.model.forward))
+    attach(tab, EXAMPLE_IMAGE)
+    submit(tab, "Describe the picture.")
+    answer = tab.locator("#conversation [data-testid=bot]")
+    expect(answer).to_contain_text("a red", timeout=30_000)
+    tab.reload()
+    expect(answer).to_contain_text("a red", timeout=30_000)
+    assert answer.inner_text().strip() != CAPTION
     monkeypatch.undo()
     assert ask(tab, "How many shapes are there?") == "3"
 
