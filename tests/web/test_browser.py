@@ -275,11 +275,16 @@ def test_drawing_of_a_token(tab):
 def test_compare(tab):
     open_tab(tab, "Compare")
     attach(tab, EXAMPLE_IMAGE, within="#compare-question")
+    budget = tab.get_by_label("Pixel budget").last  # of B
+    budget.fill("1024")
+    budget.blur()
     box = tab.locator("#compare-question textarea")
     box.fill("How many shapes are there?")
     box.press("Enter")
-    for side in "AB":
-        expect(tab.locator(f"#answer-{side} textarea")).to_have_value("3", timeout=30_000)
+    expect(tab.locator("#answer-A textarea")).to_have_value("3", timeout=30_000)
+    expect(tab.locator("#answer-B textarea")).not_to_have_value("", timeout=30_000)
+    expect(tab.get_by_text("Question: 33 tokens computed")).to_be_visible()  # 4 x 4 for the image
+    expect(tab.get_by_text("Question: 21 tokens computed")).to_be_visible()  # 2 x 2
     screenshot(tab, "compare")
 
 

@@ -120,7 +120,7 @@ class Page:
     def _add_chat(self):
         self._chatbot = gr.Chatbot(
             label="Conversation",
-            height="55vh",
+            height="60vh",
             buttons=["copy", "copy_all"],
             feedback_options=None,
             placeholder="Ask about images, videos or text.",
@@ -352,10 +352,10 @@ class Page:
     def _add_drawing(self):
         gr.Markdown("How the model saw the conversation when it wrote a token of an answer. Choose the token:")
         with gr.Row():
-            number = gr.Dropdown([], label="Answer", scale=3, elem_id="answer-number")
+            number = gr.Dropdown([], label="Answer", scale=3, min_width=240, elem_id="answer-number")
             layers = self.sessions.model.config.text_config.num_hidden_layers
             names = ["mean of all layers", *(f"layer {n}" for n in range(layers))]
-            layer = gr.Dropdown(names, value=names[0], type="index", label="Attention", scale=1)
+            layer = gr.Dropdown(names, value=names[0], type="index", label="Attention", scale=1, min_width=240)
         tokens = gr.HTML(elem_id="tokens", js_on_load=(HERE / "tokens.js").read_text())
         chosen = gr.State(None)
         figure = gr.HTML(elem_id="figure")
