@@ -108,6 +108,15 @@ def test_stopped_answer_stays(conversation):
     assert ask(conversation, "How many shapes are there?") == "3"
 
 
+def test_answer_that_nobody_reads_ends_its_turn(conversation):
+    conversation.ask(
+        "Describe the picture.", read_uploads([str(EXAMPLE_IMAGE)], EXAMPLE_IMAGE.parent), Settings()
+    ).close()
+    [turn] = conversation.turns
+    assert turn.answer_start < turn.stop <= len(conversation.ids)
+    assert ask(conversation, "How many shapes are there?") == "3"
+
+
 def test_undo_and_retry(conversation):
     ask(conversation, "Describe the picture.", EXAMPLE_IMAGE)
     ids = list(conversation.ids)

@@ -51,6 +51,7 @@ class Turn:
     """
     A question and its answer: tokens [start, answer_start) and [answer_start, stop) of the conversation.
 
+    thumbnails: (name, `data:` URI) of what went with the question; files themselves are not kept.
     answer: the text so far.
     images: (pixel_values, image_grid_hw) of the question, `None` without images.
     num_computed: tokens of the question that were not cached yet.
@@ -58,7 +59,7 @@ class Turn:
     """
 
     question: str
-    uploads: list[Upload]
+    thumbnails: list[tuple[str, str]]
     start: int
     answer_start: int
     images: tuple[torch.Tensor, torch.Tensor] | None
@@ -123,15 +124,16 @@ class Conversation:
         images = (inputs["pixel_values"], inputs["image_grid_hw"]) if "pixel_values" in inputs else None
         start = len(self.ids)
         self.ids += new
-        self.turns.append(Turn(question, uploads, start, len(self.ids), images, settings))
-        return self._answer()
+        thumbnails = [(upload.name, source) for upload in uploads for source in upload.thumbnails]
+        self.turns.append(Turn(question, thumbnails, start, len(self.ids), images, settings))
+        return self._start_answer()
 
     def retry(self) -> Iterator[str]:
         """Answer the last question again."""
         turn = self.turns[-1]
         self.ids = self.ids[: turn.answer_start]
         self._cache.rewind(min(turn.start, self._cache.get_seq_length()))
-        return self._answer()
+        return self._start_answer()
 
     def undo(self) -> Turn:
         """Take back the last question and its answer."""
@@ -148,6 +150,11 @@ class Conversation:
             pixels, grids = zip(*images, strict=True)
             inputs |= {"pixel_values": torch.cat(pixels), "image_grid_hw": torch.cat(grids)}
         return inputs
+
+    def _start_answer(self) -> Iterator[str]:
+        answer = self._answer()
+        next(answer)  # closing it now ends the turn, even if nothing is ever read
+        return answer
 
     def _answer(self) -> Iterator[str]:
         turn = self.turns[-1]
@@ -174,6 +181,7 @@ class Conversation:
             **images,
         )
         try:
+            yield ""
             for piece in answer.pieces:
                 turn.answer += piece
                 turn.seconds = time.perf_counter() - started

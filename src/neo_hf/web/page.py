@@ -35,7 +35,6 @@ MIN_UPDATE_SECONDS = 0.05  # between two updates of an answer on the page
 SWEEP_SECONDS = 10
 KEEP_UPLOADS_SECONDS = 600  # after they were sent or last used
 LIVE_ANSWER_TOKENS = 256
-FILE_TYPES = ["image", "video"]
 
 
 class Page:
@@ -127,15 +126,7 @@ class Page:
             elem_id="conversation",
         )
         self._status = gr.Markdown(elem_id="chat-status")
-        message = self._message = gr.MultimodalTextbox(
-            show_label=False,
-            label="Question",
-            placeholder="Ask a question. Drop, paste or attach images and videos.",
-            file_count="multiple",
-            file_types=FILE_TYPES,
-            sources=["upload"],
-            elem_id="question",
-        )
+        message = self._message = _add_question("Ask a question. Drop, paste or attach images and videos.", "question")
         with gr.Row(elem_id="examples"):
             for label, (question, files) in EXAMPLES.items():
                 value = {"text": question, "files": [str(file) for file in files]}
@@ -193,15 +184,14 @@ class Page:
         """Show an answer while it is written."""
         conversation = session.conversation
         session.is_stopping.clear()
-        stoppable = gr.MultimodalTextbox(value={"text": "", "files": []}, submit_btn=False, stop_btn=True)
-        yield {
-            self._chatbot: _transcript(conversation),
-            self._message: stoppable,
-            self._camera: None,
-            self._status: "",
-        }
-        updated = time.monotonic()
         try:
+            yield {
+                self._chatbot: _transcript(conversation),
+                self._message: gr.MultimodalTextbox(value={"text": "", "files": []}, submit_btn=False, stop_btn=True),
+                self._camera: None,
+                self._status: "",
+            }
+            updated = time.monotonic()
             for _ in pieces:
                 if session.is_stopping.is_set():
                     break
@@ -413,15 +403,7 @@ class Page:
     # Compare
 
     def _add_compare(self):
-        message = gr.MultimodalTextbox(
-            show_label=False,
-            label="Question",
-            placeholder="Ask both sides the same",
-            file_count="multiple",
-            file_types=FILE_TYPES,
-            sources=["upload"],
-            elem_id="compare-question",
-        )
+        message = _add_question("Ask both sides the same", "compare-question")
         names = list(self.models)
         sides: list[list[gr.components.Component]] = []
         outputs: list[gr.components.Component] = []
@@ -542,6 +524,18 @@ def _client_key(request: gr.Request) -> str:
     return f"client-{request.session_hash}"
 
 
+def _add_question(placeholder: str, elem_id: str) -> gr.MultimodalTextbox:
+    return gr.MultimodalTextbox(
+        label="Question",
+        show_label=False,
+        placeholder=placeholder,
+        file_count="multiple",
+        file_types=["image", "video"],
+        sources=["upload"],
+        elem_id=elem_id,
+    )
+
+
 def _add_settings(sessions: Sessions) -> list[gr.components.Component]:
     """Settings of a question, in the order of `_settings`."""
     processor = sessions.processor.image_processor
@@ -577,12 +571,10 @@ def _transcript(conversation: Conversation) -> list[dict]:
     """The messages of the Chatbot. Images are inside the page: no file is served."""
     messages = []
     for turn in conversation.turns:
-        question = "".join(
-            f'<img src="{source}" alt="{html.escape(upload.name)}" class="thumbnail">'
-            for upload in turn.uploads
-            for source in upload.thumbnails
+        images = "".join(
+            f'<img src="{source}" alt="{html.escape(name)}" class="thumbnail">' for name, source in turn.thumbnails
         )
-        question += f"\n\n{html.escape(turn.question, quote=False)}" if question else html.escape(turn.question, False)
+        question = "\n\n".join(filter(None, (images, html.escape(turn.question, quote=False))))
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": turn.answer}]
     return messages
 
