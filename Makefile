@@ -2,19 +2,30 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+# Gradio, in an environment of its own: it holds back Pillow.
+WEB := .venv-web
 # One process per core, with a thread each; the tests of a file share what they load.
 PYTEST := -m pytest --numprocesses auto --dist loadfile
 FAST := -m "not slow"
 
-test test-floor test-newest test-gpu-offline fuzz fuzz-streams: export OMP_NUM_THREADS := 1
+test test-web test-floor test-newest test-gpu-offline fuzz fuzz-streams: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-floor test-newest test-gpu-offline fuzz fuzz-streams lint docs bench bench-gpu clean
+.PHONY: demo web test test-web test-floor test-newest test-gpu-offline fuzz fuzz-streams lint docs bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
+# The page, with NEO-nano, on http://127.0.0.1:7860.
+web: $(WEB)/installed
+	$(WEB)/bin/neo-hf web nano
+
 test: $(INSTALLED)
 	$(BIN)/python $(PYTEST)
+
+# The page in a real browser. Chromium comes from Debian's packages where there is none; without it, these tests skip.
+test-web: $(WEB)/installed
+	command -v chromium > /dev/null || { apt-get update -qq && apt-get install -qq -y chromium; } || true
+	$(WEB)/bin/python -m pytest tests/web
 
 # The fast part of the suite on the lowest versions that pyproject.toml allows, in a fresh environment.
 test-floor:
@@ -73,5 +84,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+$(WEB)/installed: pyproject.toml constraints-web.txt
+	$(PYTHON) -m venv $(WEB)
+	$(WEB)/bin/python -m pip install --quiet --constraint constraints-web.txt --editable ".[web]" \
+		hypothesis playwright pytest scikit-learn
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-floor .venv-newest .triton site
+	rm -rf $(VENV) $(WEB) .venv-floor .venv-newest .triton site

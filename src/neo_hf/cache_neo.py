@@ -98,6 +98,17 @@ class NeoCache(DynamicCache):
         super().__init__(config=config)
         self.layers = [GrowingLayer() for _ in range(config.num_hidden_layers)]
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of keys and values in bytes, room to grow included."""
+        tensors = [x for layer in self.layers if layer.is_initialized for x in (layer.keys, layer.values)]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    def rewind(self, length: int):
+        """Crop to `length` tokens, layer by layer: after an error, layers may differ in length."""
+        for layer in self.layers:
+            layer.crop(-max(layer.get_seq_length() - length, 0))
+
     def reorder_cache(self, beam_idx: torch.LongTensor):
         super().reorder_cache(beam_idx)
         self._change_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))

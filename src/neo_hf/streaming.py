@@ -17,8 +17,54 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import StoppingCriteriaList, TextIteratorStreamer
+from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+class BackgroundAnswer:
+    """
+    An answer that `generate()` writes in a thread of its own.
+
+    Args:
+        tokenizer: decodes the answer.
+        generate_kwargs: keyword arguments of `generate()`, for a single sequence.
+
+    Attributes:
+        pieces: iterator over pieces of the text, as they are written.
+        error: what `generate()` raised, if it has.
+    """
+
+    def __init__(self, model: NeoForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, **generate_kwargs):
+        self.pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.error: BaseException | None = None
+        self._output: torch.Tensor | None = None
+        self._is_stopped = threading.Event()
+        given = generate_kwargs.pop("stopping_criteria", None) or []
+        generate_kwargs["stopping_criteria"] = StoppingCriteriaList([*given, self._should_stop])
+        self._thread = threading.Thread(target=self._generate, args=(model, generate_kwargs), daemon=True)
+        self._thread.start()
+
+    def _generate(self, model: NeoForConditionalGeneration, generate_kwargs: dict):
+        try:
+            self._output = model.generate(**generate_kwargs, streamer=self.pieces)
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.pieces.end()
+
+    def _should_stop(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        return torch.full(input_ids.shape[:1], self._is_stopped.is_set(), device=input_ids.device)
+
+    def stop(self) -> torch.Tensor | None:
+        """
+        End the answer after the token that is being written, and wait for that.
+
+        Returns:
+            (1, L) ids of the prompt and the answer so far, `None` after an error.
+        """
+        self._is_stopped.set()
+        self._thread.join()
+        return self._output
 
 
 @dataclass(frozen=True)
@@ -98,6 +144,17 @@ class NeoStream:
     def num_frames(self) -> int:
         """Number of frames held."""
         return len(self._frames)
+
+    @property
+    def num_seconds(self) -> float:
+        """Time between the oldest and the newest frame held that have timestamps."""
+        timestamps = [frame.timestamp for frame in self._frames if frame.timestamp is not None]
+        return timestamps[-1] - timestamps[0] if timestamps else 0.0
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the cached keys and values in bytes, room to grow included."""
+        return self._cache.num_bytes
 
     def add_frame(self, image, timestamp: float | None = None) -> None:
         """
@@ -190,7 +247,7 @@ class NeoStream:
                 **{"logits_to_keep": 1, "use_cache": True, **kwargs},
             )
         except BaseException:
-            self._rewind(cached)
+            self._cache.rewind(cached)
             raise
         self._ids += input_ids[0].tolist()
         self._position_ids, self._next_t = position_ids, int(position_ids[0].max()) + 1
@@ -235,46 +292,26 @@ class NeoStream:
         input_ids = torch.tensor([self._ids + new_ids])
         positions = torch.cat([self._position_ids, self._positions_of(torch.tensor([new_ids]))], dim=-1)
         cached = self._cache.get_seq_length()
-
-        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        is_closed = threading.Event()
-
-        def stop(input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-            return torch.full(input_ids.shape[:1], is_closed.is_set(), device=input_ids.device)
-
-        kwargs = {"eos_token_id": end, "pad_token_id": end, **generate_kwargs}
-        kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), stop])
-        result: dict = {}
-
-        def generate():
-            try:
-                result["output"] = self.model.generate(
-                    input_ids=input_ids.to(self.model.device),
-                    attention_mask=torch.ones_like(input_ids).to(self.model.device),
-                    position_ids=positions.to(self.model.device),
-                    past_key_values=self._cache,
-                    streamer=streamer,
-                    **kwargs,
-                )
-            except BaseException as error:
-                result["error"] = error
-            finally:
-                streamer.end()
-
-        thread = threading.Thread(target=generate, daemon=True)
-        thread.start()
+        answer = BackgroundAnswer(
+            self.model,
+            tokenizer,
+            input_ids=input_ids.to(self.model.device),
+            attention_mask=torch.ones_like(input_ids).to(self.model.device),
+            position_ids=positions.to(self.model.device),
+            past_key_values=self._cache,
+            **{"eos_token_id": end, "pad_token_id": end, **generate_kwargs},
+        )
         try:
-            yield from streamer
+            yield from answer.pieces
         finally:
-            is_closed.set()
-            thread.join()
-            if keep and "output" in result:
+            output = answer.stop()
+            if keep and output is not None:
                 self._give_newline(len(self._ids), offsets)
-                self._keep(result["output"][0].tolist(), positions, end)
+                self._keep(output[0].tolist(), positions, end)
             else:
-                self._rewind(cached)
-        if "error" in result:
-            raise result["error"]
+                self._cache.rewind(cached)
+        if answer.error is not None:
+            raise answer.error
 
     def _keep(self, ids: list[int], positions: torch.Tensor, end: int):
         """Keep a question and its answer. `ids` is the whole sequence; `positions` covers all of it but the answer."""
@@ -283,7 +320,7 @@ class NeoStream:
         answer = torch.tensor([ids[positions.shape[-1] :]])
         answer_positions = torch.zeros((3, *answer.shape), dtype=torch.long)  # T advances by 1, as in generate()
         answer_positions[0] = self._next_t + torch.arange(answer.shape[1])
-        self._rewind(min(self._cache.get_seq_length(), len(ids) - 1))
+        self._cache.rewind(min(self._cache.get_seq_length(), len(ids) - 1))
         self._ids, self._position_ids = ids, torch.cat([positions, answer_positions], dim=-1)
         self._next_t += answer.shape[1]
         self._pending, self._pending_newline = "\n" + turn_header("user"), False
@@ -375,11 +412,6 @@ class NeoStream:
             layer.keys, layer.values = layer.keys[:, :, index], layer.values[:, :, index]
         self._ids = [token for token, is_kept in zip(self._ids, keep.tolist(), strict=True) if is_kept]
         self._position_ids = self._position_ids[..., keep]
-
-    def _rewind(self, length: int):
-        """Crop the cache to `length` tokens, layer by layer: after an error, layers may differ in length."""
-        for layer in self._cache.layers:
-            layer.crop(-max(layer.get_seq_length() - length, 0))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Commands that run or describe a model."""
 
-from .options import End, Fps, Frames, Images, MaxNewTokens, Model, Start, System, Videos
+from .options import End, Fps, Frames, Images, MaxNewTokens, Model, Start, System, Videos, resolve_model
 
 from pathlib import Path
 from typing import Annotated
@@ -103,6 +103,50 @@ def watch(
             "cache",
             flush=True,
         )
+
+
+@app.command()
+def web(
+    model_name: Model,
+    compare: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Second model, for the page's Compare.", callback=resolve_model)
+    ] = None,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 is all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", help="Port to listen on.")] = 7860,
+    auth: Annotated[
+        str | None,
+        typer.Option(metavar="USER:PASSWORD", envvar="NEO_WEB_AUTH", help="Ask for this user and password."),
+    ] = None,
+    root_path: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Where a proxy puts the page, for example /neo.")
+    ] = None,
+    share: Annotated[bool, typer.Option("--share", help="Open a public tunnel through Gradio's servers.")] = False,
+    max_sessions: Annotated[int, typer.Option(metavar="N", help="People at the same time.")] = 16,
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens that a conversation, or a live video, can hold.")
+    ] = 8192,
+    idle_minutes: Annotated[float, typer.Option(metavar="M", help="What was not used for so long is freed.")] = 30,
+):
+    """Serve a page to chat, show live video, and look at what the model sees."""
+    if auth is not None and not all(auth.partition(":")):
+        raise ValueError("--auth must be USER:PASSWORD.")
+    if compare is not None and Path(compare).name == Path(model_name).name:
+        raise ValueError(f"--compare needs a model of another name, got {compare} twice.")
+    from .prompts import load
+
+    from neo_hf.loading import NANO
+    from neo_hf.web import Page  # needs Gradio
+
+    models = {Path(name).name: load(name) for name in (model_name, compare) if name is not None}
+    frame_side = 64 if model_name == str(NANO) else 448
+    page = Page(models, max_sessions, max_tokens, 60 * idle_minutes, frame_side)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        auth=tuple(auth.split(":", 1)) if auth else None,
+        root_path=root_path,
+        share=share,
+    )
 
 
 @app.command()

@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 
-def _resolve_model(name: str) -> str:
+def resolve_model(name: str | None) -> str | None:
+    """What `nano` stands for; other names are returned as they are."""
     if name != "nano":
         return name
     from neo_hf.loading import NANO
@@ -27,7 +28,7 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="Hub id, folder in Hub format, folder of a raw checkpoint, or `nano`, the model that comes with neo-hf.",
-        callback=_resolve_model,
+        callback=resolve_model,
     ),
 ]
 Images = Annotated[

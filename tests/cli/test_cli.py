@@ -239,3 +239,15 @@ def test_watch(folder, capsys, clips):
 def test_bad_video(capsys, argv, message):
     assert run(argv[0], "no/such/model", *argv[1:]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--auth", "me"], "--auth must be USER:PASSWORD"),
+        (["--compare", "nano"], "--compare needs a model of another name"),
+    ],
+)
+def test_web_checks_its_options_first(options, message, capsys):
+    assert run("web", "nano", *options) == 1
+    assert message in capsys.readouterr().err
