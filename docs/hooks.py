@@ -20,7 +20,7 @@ PAGE = (
     "model/scene.png",
     "model/onnx/model.onnx",
 )
-FRAME = '<iframe class="nano" src="nano/" title="NEO-nano in the browser" allow="camera"></iframe>'
+FRAME = '<iframe class="nano" src="nano/" title="NEO-nano in the browser" allow="camera" loading="lazy"></iframe>'
 
 
 def on_page_markdown(markdown, page, config, files):

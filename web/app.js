@@ -14,7 +14,9 @@ const COLORS = {
   black: "black",
   white: "white",
 };
-const SHAPE_SIZE = 20; // of the shapes that the model knows, in pixels
+// In pixels, as in the world that the model knows: the size of shapes, and the grid that they are placed on.
+const SHAPE_SIZE = 20;
+const SNAP = 4;
 
 // Outlines in a unit square.
 const star = Array.from({ length: 10 }, (_, i) => {
@@ -130,7 +132,7 @@ find("form").onsubmit = async (event) => {
       await new Promise((resolve) => setTimeout(resolve)); // lets the browser paint
     }
     const seconds = (performance.now() - start) / 1000;
-    say(`First token after ${Math.round(first)} ms, ${count} tokens in ${seconds.toFixed(2)} s.`);
+    say(count ? `First token after ${Math.round(first)} ms, ${count} tokens in ${seconds.toFixed(2)} s.` : "No answer.");
   } catch (error) {
     say(error.message, true);
   }
@@ -162,8 +164,10 @@ board.onpointerdown = (event) => {
   board.setPointerCapture(event.pointerId);
   const [x, y] = (last = place(event));
   pen.fillStyle = pen.strokeStyle = COLORS[color];
-  if (tool in SHAPES) outline(pen, SHAPES[tool], Math.round(x - SHAPE_SIZE / 2), Math.round(y - SHAPE_SIZE / 2), SHAPE_SIZE);
-  else board.onpointermove(event);
+  if (tool in SHAPES) {
+    const [left, top] = [x, y].map((center) => SNAP * Math.round((center - SHAPE_SIZE / 2) / SNAP));
+    outline(pen, SHAPES[tool], left, top, SHAPE_SIZE);
+  } else board.onpointermove(event);
 };
 board.onpointermove = (event) => {
   if (!last || tool in SHAPES) return;

@@ -1,5 +1,8 @@
 """Exported graphs on ONNX Runtime give the logits and the answers of the model."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +30,7 @@ pytest.importorskip("onnxscript", reason="needs the extra onnx")
 import onnx_ir
 
 from neo_hf.onnx import DTYPES, OnnxCache, OnnxNeo, export, export_graphs, export_onnx
+from neo_hf_cli import main
 
 pytestmark = pytest.mark.slow
 
@@ -311,3 +315,16 @@ def test_errors_of_export(nano_folder, tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"has no onnx/model.onnx, only no graph at all"):
         OnnxNeo.from_pretrained(NANO)
+
+
+def test_the_command_reports_errors(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["onnx", "nano", str(tmp_path / "x"), "--dtype", "int3"])
+    assert stop.value.code == 1
+    assert "neo-hf: error: dtype must be one of fp32, fp16, int8, q4, q4f16, got 'int3'." in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named():
+    script = "import sys; sys.modules['onnxruntime'] = None; import neo_hf.onnx"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "neo_hf.onnx needs onnxruntime: install the extra onnx." in result.stderr

@@ -191,7 +191,7 @@ def export_graphs(model: NeoForConditionalGeneration, folder: str | Path, dtypes
 def trace(model: NeoForConditionalGeneration, dtype: torch.dtype) -> ir.Model:
     """The graph of a model in float32 or float16."""
     model = copy.deepcopy(model).to("cpu", dtype)
-    model.set_attn_implementation(ATTENTION)
+    model.get_decoder().set_attn_implementation(ATTENTION)
     text = model.config.text_config
     layers = text.num_hidden_layers
     dynamic = torch.export.Dim.DYNAMIC
