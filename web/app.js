@@ -18,7 +18,7 @@ const COLORS = {
 const SHAPE_SIZE = 20;
 const SNAP = 4;
 
-// Outlines in a unit square.
+// Outlines in a unit square, as the model knows them.
 const star = Array.from({ length: 10 }, (_, i) => {
   const [angle, radius] = [(Math.PI * i) / 5, i % 2 ? 0.2 : 0.5];
   return [0.5 + radius * Math.sin(angle), 0.5 - radius * Math.cos(angle)];
@@ -27,10 +27,11 @@ const circle = Array.from({ length: 48 }, (_, i) => {
   const angle = (Math.PI * i) / 24;
   return [0.5 + 0.5 * Math.sin(angle), 0.5 - 0.5 * Math.cos(angle)];
 });
-const [low, high] = [0.33, 0.67];
+const [low, high] = [1 / 3, 2 / 3];
+const [near, far] = [1 / 16, 15 / 16];
 const SHAPES = {
   circle,
-  square: [[0, 0], [1, 0], [1, 1], [0, 1]],
+  square: [[near, near], [far, near], [far, far], [near, far]],
   triangle: [[0.5, 0], [1, 1], [0, 1]],
   star,
   // prettier-ignore
