@@ -10,7 +10,7 @@ FAST := -m "not slow"
 
 test test-web test-floor test-newest test-gpu-offline fuzz fuzz-streams: export OMP_NUM_THREADS := 1
 
-.PHONY: demo web test test-web test-floor test-newest test-gpu-offline fuzz fuzz-streams lint docs bench bench-gpu clean
+.PHONY: demo web browser test test-web test-floor test-newest test-gpu-offline fuzz fuzz-streams lint docs bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -63,6 +63,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# NEO-nano's page in the browser: what `python -m http.server --directory web` serves and the site shows.
+browser: $(INSTALLED)
+	npm ci --prefix web
+	$(BIN)/neo-hf onnx nano web/model --force
+	cp src/neo_hf/nano/scene.png web/model/
+
+# With the page of `make browser` if it was built.
 docs: $(INSTALLED)
 	$(BIN)/python -m mkdocs build --strict
 

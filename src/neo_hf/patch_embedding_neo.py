@@ -73,9 +73,9 @@ class NeoPatchEmbedding(nn.Module):
         num_patches = pixel_values.shape[0]
         _, rows, columns = place_in_grids(torch.arange(num_patches, device=pixel_values.device), grid_hw)
         pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
-        size = num_patches if is_tracing(pixel_values) else PATCH_CHUNK
         theta = self.config.rope_parameters["rope_theta"]
-        chunks = zip(*(x.split(size) for x in (pixel_values, rows, columns)), strict=True)
+        inputs = (pixel_values, rows, columns)
+        chunks = [inputs] if is_tracing(pixel_values) else zip(*(x.split(PATCH_CHUNK) for x in inputs), strict=True)
         return torch.cat([rotate_patches(F.gelu(self.patch_embedding(x)), r, c, theta) for x, r, c in chunks])
 
     def _merge_patches(self, features: torch.Tensor, grid_hw: torch.Tensor) -> torch.Tensor:

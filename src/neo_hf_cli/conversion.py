@@ -74,6 +74,27 @@ def export(model_name: Model, out: Out, max_shard_size: ShardSize = "5GB", force
 
 
 @app.command()
+def onnx(
+    model_name: Model,
+    out: Out,
+    dtype: Annotated[
+        list[str], typer.Option(metavar="DTYPE", help="fp32, fp16, int8, q4 or q4f16. Repeatable: a file each.")
+    ] = ["fp32"],  # noqa: B006 (typer copies it)
+    force: Force = False,
+):
+    """Export a model to ONNX: one graph for prefill and decoding."""
+    import logging
+    import warnings
+
+    # torch.onnx says that torchvision is not installed, and warns of its own use of torch.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
+    from neo_hf.onnx import export_onnx
+
+    export_onnx(model_name, out, dtypes=dtype, force=force)
+
+
+@app.command()
 def init(
     qwen3: Annotated[str, typer.Argument(metavar="QWEN3", help="Folder or Hub id of a Qwen3 LLM.")],
     out: Out,

@@ -57,6 +57,13 @@ def test_clients(run):
 
 
 @pytest.mark.slow
+def test_onnx(run):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert run("docs/onnx.md").endswith("a yellow star at the bottom right\n")
+
+
+@pytest.mark.slow
 def test_serving(run, server, hub_folder):
     # The server has a port and a folder of its own.
     assert run("docs/serving.md", **{"http://localhost:8000": server, 'model="NEO-2B"': f'model="{hub_folder}"'})
@@ -72,4 +79,5 @@ def test_every_page_is_run():
         "design",
         "clients",
         "serving",
+        "onnx",
     }
