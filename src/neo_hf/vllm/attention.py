@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 # Backends whose mask within images was checked.
-CHECKED = ("TRITON_ATTN", "FLEX_ATTENTION")
+CHECKED = ("TRITON_ATTN",)
 
 
 def split_runs(first: int, end: int, images: Iterable[tuple[int, int]]) -> list[tuple[int, bool]]:

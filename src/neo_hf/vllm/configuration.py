@@ -48,6 +48,10 @@ class NeoSettings(VerifyAndUpdateConfig):
                 f"{scheduler.scheduler_cls!r}: remove --scheduler-cls."
             )
         scheduler.scheduler_cls = SCHEDULER
+        # Each running sequence adds a token to a step, beside which an image must fit.
+        vllm_config.model_config.hf_config.max_image_tokens = (
+            scheduler.max_num_batched_tokens - scheduler.max_num_seqs
+        )
         attention = vllm_config.attention_config
         if attention.backend is None and not current_platform.is_cpu():
             attention.backend = AttentionBackendEnum.TRITON_ATTN

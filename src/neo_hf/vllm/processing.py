@@ -7,10 +7,12 @@ import base64
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
+from vllm.inputs import MultiModalInput
 from vllm.model_executor.models.transformers import (
     MultiModalDummyInputsBuilder,
     MultiModalProcessingInfo,
@@ -18,7 +20,13 @@ from vllm.model_executor.models.transformers import (
 )
 from vllm.multimodal.inputs import MultiModalKwargsItems
 from vllm.multimodal.parse import MultiModalDataItems
-from vllm.multimodal.processing import PromptReplacement, PromptUpdate, PromptUpdateDetails
+from vllm.multimodal.processing import (
+    ProcessorInputs,
+    PromptReplacement,
+    PromptUpdate,
+    PromptUpdateDetails,
+    TimingContext,
+)
 from vllm.multimodal.processing.processor import PromptTargetMatch, ResolvedPromptUpdate
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
@@ -83,6 +91,23 @@ class NeoDummyInputsBuilder(MultiModalDummyInputsBuilder):
 
 
 class NeoMultiModalProcessor(MultiModalProcessor):
+    def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
+        """
+        Raises:
+            ValueError: an image or a frame does not fit into a step, so it would wait forever.
+        """
+        processed = super().apply(inputs, timing_ctx)
+        limit = self.info.get_hf_config().max_image_tokens
+        for placeholder in chain.from_iterable(processed["mm_placeholders"].values()):
+            size = max(last - first + 1 for first, last in placeholder.extract_embeds_range())
+            if size > limit:
+                raise ValueError(
+                    f"An image or video frame of {size} visual tokens does not fit into a step, whose "
+                    f"max_num_batched_tokens - max_num_seqs leave {limit}: raise --max-num-batched-tokens or lower "
+                    "max_pixels in mm_processor_kwargs."
+                )
+        return processed
+
     def _get_hf_mm_inputs(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]):
         # Not the next class's: it decides whether frames are sampled, which is the video processor's to say.
         hf_inputs = super(MultiModalProcessor, self)._get_hf_mm_inputs(mm_items, hf_kwargs)

@@ -40,5 +40,7 @@ class NeoAsyncScheduler(_WholeImages, AsyncScheduler):
 
 def make_scheduler(vllm_config: VllmConfig, **kwargs) -> Scheduler:
     """Called by vLLM like a scheduler class. It decides late whether scheduling is asynchronous."""
+    # With this, on for CUDA, a video would have to fit into a step whole, and would wait forever if it does not.
+    vllm_config.scheduler_config.disable_chunked_mm_input = False
     kind = NeoAsyncScheduler if vllm_config.scheduler_config.async_scheduling else NeoScheduler
     return kind(vllm_config=vllm_config, **kwargs)
