@@ -6,7 +6,27 @@ import numpy as np
 import torch
 from PIL import Image
 
-WORDS = "What is the shape color red green blue how many circle square digit left right of in image Describe".split()
+WORDS = [
+    "What",
+    "is",
+    "the",
+    "shape",
+    "color",
+    "red",
+    "green",
+    "blue",
+    "how",
+    "many",
+    "circle",
+    "square",
+    "digit",
+    "left",
+    "right",
+    "of",
+    "in",
+    "image",
+    "Describe",
+]
 NEW_TOKENS = 4
 
 
@@ -76,7 +96,9 @@ def expect(model, processor, messages: list[dict]) -> Prompt:
     length = inputs["input_ids"].shape[1]
     causal = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
     with torch.no_grad():
-        logits = [model(**(inputs | {"attention_mask": mask})).logits[0] for mask in (inputs["attention_mask"], causal)]
+        logits = [
+            model(**(inputs | {"attention_mask": mask})).logits[0] for mask in (inputs["attention_mask"], causal)
+        ]
     return Prompt(
         messages,
         images,

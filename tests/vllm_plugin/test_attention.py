@@ -92,18 +92,22 @@ def test_triton_kernel(sizes):
 @pytest.mark.parametrize("name", ["TRITON_ATTN_DIFFKV", "FLASH_ATTN", "FLASHINFER"])
 def test_unchecked_backends_are_refused(monkeypatch, name):
     monkeypatch.setattr(attention.current_platform, "is_cpu", lambda: False, raising=False)
-    with pytest.raises(ValueError, match=f"{name} may attend causally .* --attention-backend TRITON_ATTN"):
+    with pytest.raises(ValueError, match=rf"{name} may attend causally .* --attention-backend TRITON_ATTN"):
         attention.check_backend(name)
     attention.check_backend("TRITON_ATTN")
 
 
 def test_another_scheduler_is_refused():
     config = SimpleNamespace(
-        scheduler_config=SimpleNamespace(scheduler_cls="elsewhere.Scheduler"),
+        scheduler_config=SimpleNamespace(
+            scheduler_cls="elsewhere.Scheduler", max_num_batched_tokens=8192, max_num_seqs=256
+        ),
+        model_config=SimpleNamespace(hf_config=SimpleNamespace()),
         attention_config=SimpleNamespace(backend=None),
     )
-    with pytest.raises(ValueError, match="never cuts an image, but scheduler_cls is 'elsewhere.Scheduler'"):
+    with pytest.raises(ValueError, match=r"but scheduler_cls is 'elsewhere\.Scheduler'"):
         NeoSettings.verify_and_update_config(config)
     config.scheduler_config.scheduler_cls = None
     NeoSettings.verify_and_update_config(config)
     assert config.scheduler_config.scheduler_cls == SCHEDULER
+    assert config.model_config.hf_config.max_image_tokens == 8192 - 256

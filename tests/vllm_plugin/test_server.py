@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 import subprocess
 import sys
 import time
@@ -28,11 +29,15 @@ def server(hub_folder, clips, tmp_path_factory):
     """Address of vLLM's server on the folder. (The CPU build of vLLM has no `vllm serve`.)"""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", hub_folder, "--port", port]
-    settings = ["--dtype", "float32", "--enforce-eager", "--max-model-len", 2048, "--allowed-local-media-path", clips]
+    settings = ["--dtype", "float32", "--enforce-eager", "--max-model-len", 8192, "--max-num-seqs", 32]
+    settings += ["--allowed-local-media-path", clips, "--trust-request-mm-kwargs"]
     log = tmp_path_factory.mktemp("vllm") / "log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*map(str, command), *map(str, settings)], stdout=file, stderr=file, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+            [*map(str, command), *map(str, settings)],
+            stdout=file,
+            stderr=file,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
         )
     try:
         wait_for_server(process, port, log)
@@ -67,7 +72,7 @@ def test_good_requests_among_bad_ones(ask, conversations, expected):  # noqa: F8
         {"messages": requests[0], "extra_body": {"mm_processor_kwargs": {"max_pixels": -1}}},
         {"messages": requests[0], "extra_body": {"mm_processor_kwargs": {"num_frames": "many"}}},
         {"messages": [{"role": "user", "content": [image] * 60}]},
-        {"messages": [{"role": "user", "content": "word " * 4000}]},
+        {"messages": [{"role": "user", "content": "word " * 9000}]},
     ]
 
     def fail(request):
@@ -84,7 +89,7 @@ def test_good_requests_among_bad_ones(ask, conversations, expected):  # noqa: F8
         codes = pool.map(fail, bad * 2)
         hung_up = pool.map(hang_up, range(8))
         answers = pool.map(ask, requests * 6)
-        assert set(codes) == {400}
+        assert set(codes) <= {400, 501}  # 501: there is no audio
         assert [text(answer) for answer in answers] == expected * 6
         list(hung_up)
 
@@ -102,14 +107,7 @@ def test_streamed_tokens_arrive_one_by_one(ask, conversations):  # noqa: F811
     assert times[len(times) // 4] < times[-1] / 2
 
 
-@pytest.mark.parametrize("schema", [{"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}])
-def test_structured_output(ask, conversations, schema):  # noqa: F811
-    import json
-
-    answer = ask(
-        as_openai(conversations[0]),
-        max_tokens=60,
-        response_format={"type": "json_schema", "json_schema": {"name": "number", "schema": schema}},
-        logit_bias={str(token): 100 for token in (15, 92)},  # a random model writes numbers without end: "0", "}"
-    )
-    assert isinstance(json.loads(text(answer))["n"], int)
+def test_structured_output(ask, conversations):  # noqa: F811
+    for limits, pattern in (({"choice": ["yes", "no"]}, "yes|no"), ({"regex": "[0-9]{3}"}, "[0-9]{3}")):
+        answer = ask(as_openai(conversations[0]), max_tokens=8, extra_body={"structured_outputs": limits})
+        assert re.fullmatch(pattern, text(answer))

@@ -13,8 +13,8 @@ import vllm.triton_utils
 # vLLM uses Triton only with a compiler for the device, which interpretation does not need.
 vllm.triton_utils.triton, vllm.triton_utils.tl, vllm.triton_utils.HAS_TRITON = triton, triton.language, True
 
-from vllm.v1.attention.backends.utils import compute_mm_prefix_range_tensor
-from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+from vllm.v1.attention.backends.utils import compute_mm_prefix_range_tensor  # noqa: E402
+from vllm.v1.attention.ops.triton_unified_attention import unified_attention  # noqa: E402
 
 BLOCK = 16  # tokens per block of the cache
 

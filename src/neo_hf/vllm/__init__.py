@@ -1,5 +1,5 @@
 """
-NEO in vLLM: a plug-in that vLLM loads by itself (entry point group `vllm.general_plugins`), so `vllm serve` serves NEO.
+NEO in vLLM: a plug-in that vLLM loads by itself (entry point group `vllm.general_plugins`).
 
 The model's own modules run inside vLLM's Transformers backend. vLLM calls `register` in each of its processes.
 """
@@ -12,15 +12,13 @@ TOKENIZER_MODE = "neo"
 
 def register():
     """Tell vLLM about NEO's configuration, model, processor and scheduling. May be called any number of times."""
-    import neo_hf  # noqa: F401  (registers NEO with the Auto classes)
+    from .configuration import NeoArchitecture, NeoSettings
 
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
-
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
-    from .configuration import NeoArchitecture, NeoSettings
+    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
     MODEL_ARCH_CONFIG_CONVERTORS[NeoConfig.model_type] = NeoArchitecture
     MODELS_CONFIG_MAP[ARCHITECTURE] = NeoSettings

@@ -16,7 +16,7 @@ class NeoArchitecture(ModelArchConfigConvertorBase):
     hf_config: NeoConfig
 
     def get_architectures(self) -> list[str]:
-        return [ARCHITECTURE]  # raw checkpoints name a class of their own
+        return [ARCHITECTURE]  # the configuration of a raw checkpoint has none
 
     def get_head_size(self) -> int:
         """The width of queries and keys. vLLM caches values as wide, padded with zeros."""
@@ -30,11 +30,16 @@ class NeoArchitecture(ModelArchConfigConvertorBase):
 class NeoSettings(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig):
+        config = model_config.hf_config
+        config.architectures = [ARCHITECTURE]
         # vLLM keeps three indices per token only for models with this field; its values are not used.
-        model_config.hf_config.mrope_section = [1, 1, 1]
+        config.mrope_section = [1, 1, 1]
         model_config.tokenizer_mode = TOKENIZER_MODE
         # NEO's processor converts images to RGB and samples the frames of videos.
-        defaults = {"image": {"image_mode": None}, "video": {"video_backend": "neo", "num_frames": -1}}
+        defaults: dict[str, dict] = {
+            "image": {"image_mode": None},
+            "video": {"video_backend": "neo", "num_frames": -1},
+        }
         given = model_config.multimodal_config.media_io_kwargs
         for modality, settings in defaults.items():
             given[modality] = settings | (given.get(modality) or {})
@@ -49,9 +54,7 @@ class NeoSettings(VerifyAndUpdateConfig):
             )
         scheduler.scheduler_cls = SCHEDULER
         # Each running sequence adds a token to a step, beside which an image must fit.
-        vllm_config.model_config.hf_config.max_image_tokens = (
-            scheduler.max_num_batched_tokens - scheduler.max_num_seqs
-        )
+        vllm_config.model_config.hf_config.max_image_tokens = scheduler.max_num_batched_tokens - scheduler.max_num_seqs
         attention = vllm_config.attention_config
         if attention.backend is None and not current_platform.is_cpu():
             attention.backend = AttentionBackendEnum.TRITON_ATTN

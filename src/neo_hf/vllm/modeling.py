@@ -13,6 +13,7 @@ from transformers import AutoModel
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.transformers import TransformersMultiModalForCausalLM
+from vllm.model_executor.models.utils import maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sequence import IntermediateTensors
@@ -24,8 +25,11 @@ from vllm.sequence import IntermediateTensors
 class NeoForVllm(TransformersMultiModalForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         if vllm_config.scheduler_config.scheduler_cls != SCHEDULER:
-            raise ValueError("NEO's scheduler is missing: this version of vLLM does not apply the settings of plug-ins.")
-        heads, processes = self._num_key_value_heads(vllm_config), vllm_config.parallel_config.tensor_parallel_size
+            raise ValueError(
+                "NEO's scheduler is missing: this version of vLLM does not apply the settings of plug-ins."
+            )
+        heads = vllm_config.model_config.hf_text_config.num_key_value_heads
+        processes = vllm_config.parallel_config.tensor_parallel_size
         if heads % processes:
             raise ValueError(
                 f"The {heads} key/value heads cannot be divided among tensor_parallel_size={processes} processes."
@@ -37,25 +41,22 @@ class NeoForVllm(TransformersMultiModalForCausalLM):
         size = vllm_config.scheduler_config.max_num_batched_tokens
         self.positions = torch.zeros(3, 1, size, dtype=torch.long)
 
-    @staticmethod
-    def _num_key_value_heads(vllm_config: VllmConfig) -> int:
-        return vllm_config.model_config.hf_config.text_config.num_key_value_heads
-
     def _create_attention_instances(self, prefix: str = ""):
         for name, module in self.model.named_modules(prefix="model"):
             if isinstance(module, NeoAttention):
-                module.attn = Attention(
+                attention = Attention(
                     num_heads=self.model_config.get_num_attention_heads(self.parallel_config),
                     head_size=self.text_config.qk_head_dim,
                     scale=module.scaling,
                     num_kv_heads=self.model_config.get_num_kv_heads(self.parallel_config),
                     cache_config=self.cache_config,
                     quant_config=self.quant_config,
-                    prefix=f"{prefix}.{name}.attn" if prefix else f"{name}.attn",
+                    prefix=maybe_prefix(prefix, f"{name}.attn"),
                     attn_backend=own_backend(),
                 )
                 if self.model_config.is_mm_prefix_lm:
-                    check_backend(module.attn.attn_backend.get_name())
+                    check_backend(attention.attn_backend.get_name())
+                module.attn = attention
 
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
@@ -120,4 +121,3 @@ class NeoForVllm(TransformersMultiModalForCausalLM):
 def _each_frame(grid_thw: torch.Tensor) -> torch.Tensor:
     """(frames, rows, columns) of images and videos (N, 3) -> (rows, columns) of each frame."""
     return grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0)
-

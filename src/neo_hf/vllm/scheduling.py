@@ -21,13 +21,14 @@ def uncut_length(request: Request, num_computed_tokens: int, num_new_tokens: int
 
 
 class _WholeImages:
-    """Mixin for vLLM's schedulers, which cut images that do not fit into a step or follow a hit in the prefix cache."""
+    """Mixin for vLLM's schedulers, which would cut images that do not fit, or after a hit in the prefix cache."""
 
     def _try_schedule_encoder_inputs(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int, *args, **kwargs
     ):
         num_new_tokens = uncut_length(request, num_computed_tokens, num_new_tokens)
-        return super()._try_schedule_encoder_inputs(request, num_computed_tokens, num_new_tokens, *args, **kwargs)  # type: ignore[misc]
+        schedule = super()._try_schedule_encoder_inputs  # type: ignore[misc]
+        return schedule(request, num_computed_tokens, num_new_tokens, *args, **kwargs)
 
 
 class NeoScheduler(_WholeImages, Scheduler):
