@@ -128,7 +128,9 @@ def check(outputs, prompts: list[Prompt], tolerance: float = 1e-4):
     assert len(outputs) == len(prompts)
     for output, prompt in zip(outputs, prompts, strict=True):
         assert list(output.prompt_token_ids) == prompt.input_ids
-        assert largest_difference((output.prompt_logprobs or [])[1:], prompt.prompt_log_probs) < tolerance
+        in_prompt = largest_difference((output.prompt_logprobs or [])[1:], prompt.prompt_log_probs)
+        assert in_prompt < tolerance
         (completion,) = output.outputs
         assert list(completion.token_ids) == prompt.new_ids
-        assert largest_difference(completion.logprobs, prompt.new_log_probs) < tolerance
+        in_answer = largest_difference(completion.logprobs, prompt.new_log_probs)
+        assert in_answer < tolerance

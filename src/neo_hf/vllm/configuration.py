@@ -1,7 +1,7 @@
 """What vLLM must know about NEO before it builds anything, and the settings that NEO's attention depends on."""
 
 from .. import NeoConfig
-from . import ARCHITECTURE, TOKENIZER_MODE
+from . import TOKENIZER_MODE
 
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -15,9 +15,6 @@ SCHEDULER = "neo_hf.vllm.scheduling.make_scheduler"
 class NeoArchitecture(ModelArchConfigConvertorBase):
     hf_config: NeoConfig
 
-    def get_architectures(self) -> list[str]:
-        return [ARCHITECTURE]  # the configuration of a raw checkpoint has none
-
     def get_head_size(self) -> int:
         """The width of queries and keys. vLLM caches values as wide, padded with zeros."""
         return self.hf_text_config.qk_head_dim
@@ -30,10 +27,8 @@ class NeoArchitecture(ModelArchConfigConvertorBase):
 class NeoSettings(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig):
-        config = model_config.hf_config
-        config.architectures = [ARCHITECTURE]
         # vLLM keeps three indices per token only for models with this field; its values are not used.
-        config.mrope_section = [1, 1, 1]
+        model_config.hf_config.mrope_section = [1, 1, 1]
         model_config.tokenizer_mode = TOKENIZER_MODE
         # NEO's processor converts images to RGB and samples the frames of videos.
         defaults: dict[str, dict] = {
