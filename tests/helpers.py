@@ -1,9 +1,13 @@
 """Shared by tests: tiny models, prompts without symmetry, recorded numbers."""
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 import textwrap
+import time
+import urllib.request
 from pathlib import Path
 
 import torch
@@ -150,3 +154,20 @@ def run_without_package(script, *args, cache):
         env=environment,
         timeout=600,
     )
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for_server(process, port, log, seconds=240):
+    """Wait until the server `process` answers, or fail with what it logged."""
+    for _ in range(2 * seconds):
+        time.sleep(0.5)
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://localhost:{port}/health"):
+            return
+    raise AssertionError(log.read_text())

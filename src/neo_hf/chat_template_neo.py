@@ -76,8 +76,8 @@ CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
 {%- if content is string -%}
 {{- content -}}
-{%- else -%}
-{%- for part in content or [] -%}
+{%- elif content -%}
+{%- for part in content -%}
 {%- if part.type == 'text' -%}
 {{- part.text or '' -}}
 {%- elif part.type in ['image', 'image_url'] -%}

@@ -4,7 +4,7 @@
 """
 
 from .configuration_neo import RELEASED_TOKEN_IDS, NeoConfig, require
-from .modeling_neo import NeoPreTrainedModel
+from .modeling_neo import NeoForConditionalGeneration, NeoPreTrainedModel
 
 import re
 from typing import Any
@@ -181,6 +181,7 @@ def raw_config_to_neo(raw: dict[str, Any]) -> dict[str, Any]:
     given_ids = {name: raw[raw_name] for name, raw_name in RAW_TOKEN_ID_NAMES.items() if raw_name in raw}
     return {
         "model_type": NeoConfig.model_type,
+        "architectures": [NeoForConditionalGeneration.__name__],
         "text_config": text_config,
         "vision_config": vision_config,
         **released_token_ids(vocab_size),

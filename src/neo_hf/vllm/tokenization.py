@@ -1,0 +1,43 @@
+"""Chats as token ids in vLLM, by `NeoProcessor`: what people write holds no control tokens and no placeholders."""
+
+from ..loading import load_processor
+from ..processing_neo import NeoProcessor
+
+import copy
+from functools import cache
+from pathlib import Path
+
+from vllm.tokenizers.hf import HfTokenizer, get_cached_tokenizer
+
+
+@cache
+def processor_of(name_or_path: str | Path) -> NeoProcessor:
+    return load_processor(name_or_path)
+
+
+def placeholders(processor: NeoProcessor) -> dict[str, str]:
+    """Placeholders of images and videos to special tokens, which nothing that people write is tokenized as."""
+    start, end = processor.image_start_token, processor.image_end_token
+    return {processor.image_token: processor.image_context_token, processor.video_token: start + end}
+
+
+class NeoTokenizer:
+    """Loads the tokenizer of a checkpoint, with a chat template that also reads raw checkpoints."""
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo_id: str | Path, *args, **kwargs) -> HfTokenizer:
+        processor = processor_of(path_or_repo_id)
+        tokenizer = copy.copy(processor.tokenizer)
+        tokenizer.chat_template = processor.chat_template
+
+        class NeoChatTokenizer(type(tokenizer)):  # type: ignore[misc]
+            def apply_chat_template(self, conversation, *, tokenize=True, return_dict=False, **kwargs):
+                text = processor.apply_chat_template(
+                    conversation, tokenize=False, sanitize_control_tokens=True, **kwargs
+                )
+                for placeholder, tokens in placeholders(processor).items():
+                    text = text.replace(placeholder, tokens)
+                return self.encode(text, add_special_tokens=False) if tokenize else text
+
+        tokenizer.__class__ = NeoChatTokenizer
+        return get_cached_tokenizer(tokenizer)
