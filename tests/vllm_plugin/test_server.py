@@ -40,7 +40,7 @@ def server(hub_folder, clips, tmp_path_factory):
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
         )
     try:
-        wait_for_server(process, port, log)
+        wait_for_server(process, port, log, seconds=600)
         yield f"http://localhost:{port}"
     finally:
         process.terminate()
