@@ -56,10 +56,6 @@ def test_clients(run):
     assert len(run("docs/clients.md")) > 100
 
 
-# `transformers serve` takes the processor's settings under another name than vLLM.
-VLLM_ONLY = {"mm_processor_kwargs": "chat_template_kwargs"}
-
-
 @pytest.mark.slow
 def test_onnx(run):
     pytest.importorskip("onnxruntime")
@@ -69,10 +65,13 @@ def test_onnx(run):
 
 @pytest.mark.slow
 def test_serving(run, server, hub_folder):
-    # The server has a port and a folder of its own.
-    assert run(
-        "docs/serving.md", **{"http://localhost:8000": server, 'model="NEO-2B"': f'model="{hub_folder}"'} | VLLM_ONLY
-    )
+    # The server has a port and a folder of its own, and another name than vLLM for the processor's settings.
+    replacements = {
+        "http://localhost:8000": server,
+        'model="NEO-2B"': f'model="{hub_folder}"',
+        "mm_processor_kwargs": "chat_template_kwargs",
+    }
+    assert run("docs/serving.md", **replacements)
 
 
 def test_every_page_is_run():
