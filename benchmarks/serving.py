@@ -26,7 +26,7 @@ from pathlib import Path
 
 from openai import AsyncOpenAI, OpenAIError
 
-from neo_hf.loading import EXAMPLE_IMAGE, NANO
+from neo_hf.loading import EXAMPLE_IMAGE, NANO, load_model_and_processor
 
 QUESTIONS = ["What is this?", "What colour is the circle?", "How many shapes are there?", "Describe the picture."]
 NEW_TOKENS = 16
@@ -104,10 +104,23 @@ def main():
     parser.add_argument("--requests", type=int, default=128)
     arguments = parser.parse_args()
 
-    model = arguments.model
+    with tempfile.TemporaryDirectory() as folder:
+        for part in load_model_and_processor(arguments.model):
+            part.save_pretrained(folder)  # with the code that `transformers serve` loads
+        results = compare(folder, arguments)
+
+    print("| requests | at once | server | requests/s | first token | errors | ratio |\n" + "| --- " * 7 + "|")
+    for server, kind, concurrency in sorted(results, key=lambda key: (key[1], key[2], key[0])):
+        rate, first, errors = results[server, kind, concurrency]
+        ratio = rate / results["transformers serve", kind, concurrency][0]
+        print(f"| {kind} | {concurrency} | {server} | {rate:.1f} | {first * 1000:.0f} ms | {errors} | {ratio:.2f} |")
+
+
+def compare(model: str, arguments) -> dict[tuple, tuple]:
+    """What `measure` gives for each server, kind of request and concurrency."""
     transformers = Path(sys.executable).with_name("transformers")
     servers = {
-        "transformers serve": ([transformers, "serve", model, "--device", "cpu"], {}),
+        "transformers serve": ([transformers, "serve", model, "--device", "cpu", "--trust-remote-code"], {}),
         # The CPU build of vLLM has no `vllm serve`.
         "vLLM": (
             [
@@ -127,16 +140,12 @@ def main():
         with serve(command, {"HF_HUB_OFFLINE": "1", **environment}) as address:
             for with_image in (False, True):
                 for concurrency in arguments.concurrency:
-                    count = max(arguments.requests, 2 * concurrency)
+                    count = max(arguments.requests, concurrency)
                     case = "image" if with_image else "text", concurrency
                     results[server, *case] = asyncio.run(measure(address, model, with_image, concurrency, count))
                     print(server, *case, *results[server, *case], file=sys.stderr)
 
-    print("| requests | at once | server | requests/s | first token | errors | ratio |\n" + "| --- " * 7 + "|")
-    for server, kind, concurrency in sorted(results, key=lambda key: (key[1], key[2], key[0])):
-        rate, first, errors = results[server, kind, concurrency]
-        ratio = rate / results["transformers serve", kind, concurrency][0]
-        print(f"| {kind} | {concurrency} | {server} | {rate:.1f} | {first * 1000:.0f} ms | {errors} | {ratio:.2f} |")
+    return results
 
 
 if __name__ == "__main__":
