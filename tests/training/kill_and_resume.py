@@ -1,9 +1,9 @@
 """
 Kill a training run at random and resume it: losses, weights and rows are those of a run that was never killed.
 
-    python tests/training/kill_and_resume.py OUT [--kills 10] [--steps 40] [--workers 2]
+    python tests/training/kill_and_resume.py OUT [--kills 10] [--steps 28] [--workers 2]
 
-It trains a tiny model on packed rows of text and images, with a checkpoint every fourth step. Each process is killed
+It trains a tiny model on packed rows of text and images, with a checkpoint every second step. Each process is killed
 with SIGKILL at a random moment after its first step, and the same command is run again, until there were so many
 kills; the last process ends by itself. No record may be encoded by a process that continues from a checkpoint which
 already has it, in a row that was trained on or waiting to be packed.
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-SAVE_STEPS = 4
+SAVE_STEPS = 2
 
 
 def train(folder: Path, steps: int, workers: int):
@@ -123,8 +123,7 @@ def kill_at_random(folder: Path, kills: int, steps: int, workers: int, seed: int
     for number in range(kills + 1):
         process = launch(folder, steps, workers)
         assert process.stdout is not None
-        # About as far as the steps suffice for all kills, but at least to one checkpoint in two.
-        target = draw.randint(1, max(2, 2 * steps // (kills + 1)))
+        target = draw.randint(1, 2 * SAVE_STEPS)
         for line in process.stdout:
             if line.startswith("FROM"):
                 _, checkpoint, pid = line.split()
@@ -179,7 +178,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -140,7 +140,11 @@ class SourceReader:
         self.on_bad = on_bad
         self.state = {"shard": 0, "record": 0, "taken": 0, "part": 0}
         # Of each shard. Those of a sequence are not divided: they are small, and a part would be empty.
-        self.num_parts = 1 if hasattr(source.shards, "__len__") else -(-num_readers // source.shards.num_shards)
+        is_sequence = hasattr(source.shards, "__len__")
+        self.num_parts = 1 if is_sequence else -(-num_readers // source.shards.num_shards)
+        # Where each record is a shard, the order of shards is that of all records, whatever the number of readers.
+        is_shuffled = is_sequence and len(source.shards) == source.shards.num_shards
+        self.block_size = 1 if is_shuffled else source.shuffle_buffer
 
     def _turn(self, shard: int) -> tuple[int, int]:
         """The pass in which the reader has its turn number `shard`, and the place in the order of that pass."""
@@ -171,11 +175,9 @@ class SourceReader:
         """Each record in turn, and `None` after each pass. `state` counts a record when the next one is taken."""
         while True:
             records = self._read_pass()
-            while block := list(islice(records, self.source.shuffle_buffer)):
-                order = np.arange(len(block))
-                if self.source.shuffle_buffer > 1:
-                    key = (self.seed, self.reader, self.state["shard"], self.state["record"])
-                    order = np.random.default_rng(key).permutation(len(block))
+            while block := list(islice(records, self.block_size)):
+                key = (self.seed, self.reader, self.state["shard"], self.state["record"])
+                order = np.random.default_rng(key).permutation(len(block))
                 for index in order[self.state["taken"] :]:
                     yield block[index][2]
                     self.state["taken"] += 1
