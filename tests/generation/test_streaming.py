@@ -177,7 +177,9 @@ def test_bounded(model, stream_processor, frames, bound, asks):
                 list(each.ask("Hm?", **GREEDY))
         sizes.append(stream.num_tokens)
     assert sizes[-1] == sizes[-2] == sizes[-3] <= bound.get("max_tokens", 99)  # nothing is left behind
-    assert stream.num_frames == 3
+    assert (stream.num_frames, stream.num_seconds) == (3, 2.0)
+    held = sum(x.nbytes for layer in stream._cache.layers for x in (layer.keys, layer.values))
+    assert stream.num_bytes >= held  # with spare room
     text = stream_processor.tokenizer.decode(stream._ids).replace("<IMG_CONTEXT>", "")
     assert text == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"

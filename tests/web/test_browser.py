@@ -256,6 +256,26 @@ def test_live_file(tab):
     expect(tab.get_by_text("scene.png cannot be played")).to_be_visible()
 
 
+def test_live_screen(tab):
+    open_tab(tab, "Live")
+    tab.locator("[data-do=screen]").click()
+    tab.wait_for_function("Number(document.querySelector('[data-show=shown]').textContent) > 2")
+
+
+def test_photo_from_the_camera(tab):
+    tab.locator("button.label-wrap").filter(has_text="Settings").first.click()
+    budget = tab.get_by_label("Pixel budget").first
+    budget.fill("4096")  # 64 x 64, which NEO-nano knows
+    budget.blur()
+    tab.get_by_role("button", name="Camera").first.click()
+    tab.get_by_text("Click to Access Webcam").click()
+    tab.locator("button[aria-label='capture photo']").click()
+    submit(tab, "What is at the top left?")
+    expect(tab.locator("#chat-status")).to_contain_text("Answer:", timeout=30_000)
+    expect(tab.locator("#conversation img.thumbnail")).to_have_count(1)
+    assert tab.locator("#conversation [data-testid=bot]").inner_text().strip() == "a red circle"
+
+
 def test_drawing_of_a_token(tab):
     assert ask(tab, "Describe the picture.", EXAMPLE_IMAGE) == CAPTION
     open_tab(tab, "What it sees")

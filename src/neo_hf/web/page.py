@@ -135,7 +135,10 @@ class Page:
             start_over = gr.Button("Start over", size="sm", min_width=80)
         with gr.Accordion("Camera", open=False):
             camera = self._camera = gr.Image(
-                sources=["webcam"], type="filepath", label="A photo goes with the next question"
+                sources=["webcam"],
+                webcam_options=gr.WebcamOptions(mirror=False),  # text in a photo has to be readable
+                type="filepath",
+                label="A photo goes with the next question",
             )
         with gr.Accordion("Settings", open=False):
             settings = _add_settings(self.sessions)
