@@ -270,6 +270,7 @@ def test_photo_from_the_camera(tab):
     tab.get_by_role("button", name="Camera").first.click()
     tab.get_by_text("Click to Access Webcam").click()
     tab.locator("button[aria-label='capture photo']").click()
+    expect(tab.locator("#camera img")).to_be_visible(timeout=30_000)
     submit(tab, "What is at the top left?")
     expect(tab.locator("#chat-status")).to_contain_text("Answer:", timeout=30_000)
     expect(tab.locator("#conversation img.thumbnail")).to_have_count(1)

@@ -139,6 +139,7 @@ class Page:
                 webcam_options=gr.WebcamOptions(mirror=False),  # text in a photo has to be readable
                 type="filepath",
                 label="A photo goes with the next question",
+                elem_id="camera",
             )
         with gr.Accordion("Settings", open=False):
             settings = _add_settings(self.sessions)
