@@ -27,15 +27,15 @@ pytestmark = [
 
 
 def call(name, *arguments):
-    """The result of a function of browser.mjs."""
-    command = ["node", ROOT / "tests" / "onnx" / "browser.mjs"]
+    """The result of a function of nano_page.mjs."""
+    command = ["node", ROOT / "tests" / "onnx" / "nano_page.mjs"]
     result = subprocess.run(command, input=json.dumps([name, *arguments]), capture_output=True, text=True, timeout=300)
     assert not result.returncode, result.stderr
     return json.loads(result.stdout)
 
 
 def saved(image, folder):
-    """A Pillow image as a canvas holds it, for browser.mjs."""
+    """A Pillow image as a canvas holds it, for nano_page.mjs."""
     rgba = image.convert("RGBA")
     file = folder / f"{len(list(folder.iterdir()))}.rgba"
     file.write_bytes(rgba.tobytes())

@@ -1,4 +1,4 @@
-// Runs functions of web/ in Node for test_browser.py: reads [name, ...arguments] as JSON, writes the result as JSON.
+// Runs functions of web/ in Node for test_nano_page.py: reads [name, ...arguments] as JSON, writes the result as JSON.
 // Arrays of numbers are files of little-endian values: {"file": path, "type": "Uint8ClampedArray"}.
 
 import { readFileSync } from "node:fs";
