@@ -93,6 +93,7 @@ async def measure(address: str, model: str, with_image: bool, concurrency: int, 
     start = time.perf_counter()
     await asyncio.gather(*(worker(True, numbers) for _ in range(concurrency)))
     seconds = time.perf_counter() - start
+    await client.close()
     return len(first_tokens) / seconds, statistics.median(first_tokens or [float("nan")]), errors
 
 
