@@ -1,10 +1,12 @@
 """`neo-hf chat` in a pseudo-terminal, as a person at the keyboard sees it."""
 
 import os
+import shutil
 import sys
 
 import pytest
 from helpers import ROOT
+from transformers import GenerationConfig
 
 pexpect = pytest.importorskip("pexpect")
 pytestmark = pytest.mark.slow
@@ -69,9 +71,11 @@ def test_conversation(chat):
     child.expect(pexpect.EOF)
 
 
-def test_ctrl_c_stops_an_answer(chat, hub_folder):
-    """A random model goes on and on."""
-    child = chat(hub_folder)
+def test_ctrl_c_stops_an_answer(chat, hub_folder, tmp_path):
+    """A random model goes on and on, as it may not end its answer."""
+    folder = shutil.copytree(hub_folder, tmp_path / "neo")
+    GenerationConfig.from_pretrained(folder, min_new_tokens=4096).save_pretrained(folder)
+    child = chat(folder)
     for _ in range(2):
         child.send("Go on!\r")
         child.expect("Go on!.*\n.*[^\x00-\x7f]")
