@@ -269,6 +269,7 @@ def test_photo_from_the_camera(tab):
     budget.blur()
     tab.get_by_role("button", name="Camera").first.click()
     tab.get_by_text("Click to Access Webcam").click()
+    tab.wait_for_function("document.querySelector('#camera video')?.currentTime > 0")
     tab.locator("button[aria-label='capture photo']").click()
     expect(tab.locator("#camera img")).to_be_visible(timeout=30_000)
     submit(tab, "What is at the top left?")
