@@ -32,9 +32,9 @@ class NeoTokenizer:
 
         class NeoChatTokenizer(type(tokenizer)):  # type: ignore[misc]
             def apply_chat_template(self, conversation, *, tokenize=True, return_dict=False, **kwargs):
-                text = processor.apply_chat_template(
-                    conversation, tokenize=False, sanitize_control_tokens=True, **kwargs
-                )
+                # Typed placeholders too: those that remain in the text are the template's.
+                marked = processor.mark_messages(conversation)
+                text = processor.apply_chat_template(marked, tokenize=False, sanitize_control_tokens=False, **kwargs)
                 for placeholder, tokens in placeholders(processor).items():
                     text = text.replace(placeholder, tokens)
                 return self.encode(text, add_special_tokens=False) if tokenize else text
