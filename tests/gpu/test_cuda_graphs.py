@@ -27,7 +27,10 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.13"), reason="torch 2.8 compiles a second graph")
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.13"),
+    reason="torch 2.8 compiles a second graph; the versions up to 2.13 were not tried",
+)
 def test_one_graph_without_reads(prompts):
     """Whole generations, of two prompts of different lengths, share one graph, in which the host does nothing."""
     graphs = []
