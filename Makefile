@@ -28,17 +28,20 @@ test-web: $(WEB)/installed
 	command -v chromium > /dev/null || { apt-get update -qq && apt-get install -qq -y chromium; } || true
 	$(WEB)/bin/python -m pytest tests/web
 
-# The fast part of the suite on the lowest versions that pyproject.toml allows, in a fresh environment.
+# The fast part of the suite on the lowest versions that pyproject.toml allows, in a fresh environment that is deleted if
+# it passes: these versions of torch bring CUDA's libraries, some 8 GB.
 test-floor:
 	$(PYTHON) -m venv --clear .venv-floor
 	.venv-floor/bin/python -m pip install --quiet --constraint constraints-floor.txt --editable ".[dev]"
 	.venv-floor/bin/python $(PYTEST) $(FAST)
+	rm -rf .venv-floor
 
 # The same on the newest versions that pip finds, nothing pinned. PIP_PRE=1 takes pre-releases too.
 test-newest:
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --editable ".[dev]"
 	.venv-newest/bin/python $(PYTEST) $(FAST)
+	rm -rf .venv-newest
 
 # The tests of the vLLM plug-in on vLLM's CPU build, which pins an older transformers.
 test-vllm: $(VLLM)/installed
