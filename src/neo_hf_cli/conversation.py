@@ -1,7 +1,7 @@
 """`neo-hf chat`: one question, or a conversation in a terminal or over lines from a pipe."""
 
 from .options import resolve_image
-from .prompts import image_part, prepare, video_part
+from .prompts import image_part, video_part
 
 import os
 import re
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
@@ -19,6 +20,7 @@ from prompt_toolkit.shortcuts import CompleteStyle
 from transformers import TextStreamer
 
 from neo_hf import NeoForConditionalGeneration, NeoProcessor
+from neo_hf.conversation import CachedConversation
 
 COMMANDS = {
     "/image": "PATH   send an image (path or URL) with the next question",
@@ -30,20 +32,20 @@ COMMANDS = {
 
 
 class RecordingStreamer(TextStreamer):
-    """Prints an answer as it is generated, and keeps it."""
+    """Prints an answer as it is generated, and keeps its tokens, after those of the prompt."""
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.text = ""
+        self.ids: list[int] = []
 
-    def on_finalized_text(self, text: str, stream_end: bool = False):
-        self.text += text
-        super().on_finalized_text(text, stream_end)
+    def put(self, value: torch.Tensor):
+        self.ids += value.flatten().tolist()
+        super().put(value)
 
 
-class Conversation:
+class Conversation(CachedConversation):
     """
-    Questions and answers so far, and the files that go with the next question.
+    A conversation that is printed, and the files that go with the next question.
 
     Args:
         media: parts of a message that go with the first question.
@@ -59,16 +61,15 @@ class Conversation:
         sampling: dict,
         max_new_tokens: int,
     ):
-        self.model = model
-        self.processor = processor
+        super().__init__(model, processor)
         self.system = {"role": "system", "content": system}
-        self.turns: list[dict] = []
         self.media = media
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
 
     def clear(self):
-        self.turns, self.media = [], []
+        self.rewind(0)
+        self.media = []
 
     def ask(self, text: str):
         """
@@ -81,18 +82,23 @@ class Conversation:
         """
         media, self.media = self.media, []
         question = {"role": "user", "content": [*media, {"type": "text", "text": text}]}
-        streamer = RecordingStreamer(self.processor.tokenizer)
+        start, streamer = len(self.ids), RecordingStreamer(self.processor.tokenizer)
         try:
-            inputs = prepare(self.processor, [self.system, *self.turns, question], self.sampling)
-            self.model.generate(**inputs.to(self.model.device), max_new_tokens=self.max_new_tokens, streamer=streamer)
+            images = self.add([question] if self.ids else [self.system, question], {"videos_kwargs": self.sampling})
+            inputs = self.generate_kwargs(images)
+            self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, streamer=streamer)
         except KeyboardInterrupt:
             streamer.end()  # prints what it holds back
-            if not streamer.text:
+            if len(streamer.ids) > len(self.ids):
+                self.end_answer(streamer.ids)
+            else:
+                self.rewind(start)
                 self.media = media
-                raise
-            self.turns += [question, {"role": "assistant", "content": streamer.text}]
             raise
-        self.turns += [question, {"role": "assistant", "content": streamer.text}]
+        except BaseException:
+            self.rewind(start)
+            raise
+        self.end_answer(streamer.ids)
 
 
 def say(text: str):

@@ -132,7 +132,7 @@ def test_settings(conversation):
     question, files = EXAMPLES["A video"]
     ask(conversation, question, *files, num_frames=2, max_pixels=1024, max_new_tokens=1)
     turn = conversation.turns[-1]
-    assert turn.images[1].tolist() == [[4, 4]] * 2  # 32 x 32 pixels
+    assert turn.images["image_grid_hw"].tolist() == [[4, 4]] * 2  # 32 x 32 pixels
     assert turn.stop - turn.answer_start == 1
     torch.manual_seed(0)
     answers = {ask(conversation, "What changed?", EXAMPLE_IMAGE, temperature=2.0, max_new_tokens=8) for _ in range(3)}
