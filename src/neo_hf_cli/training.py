@@ -11,6 +11,21 @@ app = typer.Typer()
 # Bad records that are listed, per source.
 MAX_REASONS = 10
 
+# What the entries of `planning.Plan.memory` are.
+MEMORY = {
+    "weights": "",
+    "gradients": "",
+    "optimizer": "two moments of AdamW; with DeepSpeed also float32 weights",
+    "gathered": "weights and gradients of the head and of two layers",
+    "copies": "of the weights in bfloat16 and of the gradients, where there are such",
+    "layer inputs": "kept for the backward pass",
+    "one layer": "computed again in the backward pass",
+    "layers": "kept for the backward pass",
+    "final norm": "kept for the backward pass",
+    "images": "if all tokens are of images",
+    "loss": "logits of a chunk",
+}
+
 
 @app.command("check-data")
 def check_data(
@@ -53,6 +68,7 @@ def check_data(
     from neo_hf.loading import load_processor
     from neo_hf.training import Source, checks
     from neo_hf.training.arguments import parse_columns
+    from neo_hf.training.planning import plan_run
 
     settings = yaml.safe_load(Path(recipe).read_text()) if recipe else {}
     max_length = max_length or settings.get("max_length")
@@ -100,18 +116,96 @@ def check_data(
     if max_steps := settings.get("max_steps"):
         print(f"  passes      {max_steps * per_step / max(num_rows, 1):,.1f} in {max_steps:,} steps")
 
-    config = NeoConfig.from_pretrained(model_name)
     print("\nMemory, estimated")
-    print(f"  model       {_gb(checks.training_bytes(config))} of weights, gradients and AdamW, over all devices")
-    print(
-        f"  activations {_gb(checks.checkpointed_bytes(config, batch * tokens))} per device, with gradient "
-        "checkpointing, and those of one layer"
-    )
+    if tokens:
+        plan = plan_run(
+            NeoConfig.from_pretrained(model_name),
+            settings.get("stage", "sft"),
+            batch * tokens,
+            processes,
+            "fsdp2" if processes > 1 else "ddp",
+            bf16=settings.get("bf16", False),
+            gradient_checkpointing=settings.get("gradient_checkpointing", False),
+        )
+        print(f"  device      {_gb(sum(plan.memory.values()))} at least; `neo-hf plan` says for what")
     print(f"  loader      {_gb(batch * row_bytes)} per batch at most; each worker prepares two ahead")
     if plot:
         checks.draw_lengths(reports, plot, max_length)
     if any(report.bad for report in reports):
         raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    model_name: Model,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Recipe of examples/train.py, for what the options below leave out, and for the rest."
+        ),
+    ] = None,
+    stage: Annotated[str | None, typer.Option(metavar="STAGE", help="What is trained; sft by default.")] = None,
+    max_length: Annotated[int | None, typer.Option(metavar="N", help="Tokens per packed row.")] = None,
+    max_steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of the stage.")] = None,
+    devices: Annotated[int, typer.Option(metavar="N", help="Number of GPUs.")] = 1,
+    sharding: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="ddp, zero2, zero3, fsdp2 or hsdp; by default fsdp2, on one device ddp."),
+    ] = None,
+    devices_per_machine: Annotated[int, typer.Option(metavar="N", help="That share the weights with hsdp.")] = 8,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="A100, H100, H200 or B200.")] = "H100",
+    mfu: Annotated[float, typer.Option(metavar="SHARE", help="Model FLOPs utilisation to assume.")] = 0.4,
+):
+    """
+    Say what a training stage would take, without GPUs and without weights: parameters, memory per device and time.
+    """
+    from pathlib import Path
+
+    import yaml
+
+    from neo_hf import NeoConfig
+    from neo_hf.publishing.model_card import load_release, released_config
+    from neo_hf.training import planning
+
+    settings = yaml.safe_load(Path(recipe).read_text()) if recipe else {}
+    if settings.get("lora_rank"):
+        raise ValueError(f"{recipe} trains adapters; a plan is of a stage that trains the weights themselves.")
+    stage = stage or settings.get("stage", "sft")
+    max_length = max_length or settings.get("max_length")
+    max_steps = max_steps or settings.get("max_steps")
+    if not max_length:
+        raise ValueError("A plan needs the length of a row: give --max-length or --recipe.")
+    if not (peak := planning.peak_flops(gpu)):
+        raise ValueError(f"gpu must be one of {', '.join(planning.PEAK_FLOPS)}, got {gpu!r}.")
+    if not 0 < mfu <= 1:
+        raise ValueError(f"mfu must be above 0 and at most 1, got {mfu}.")
+    is_released = model_name in load_release()["checkpoints"]
+    config = released_config(model_name) if is_released else NeoConfig.from_pretrained(model_name)
+    sharding = sharding or ("fsdp2" if devices > 1 else "ddp")
+    rows = settings.get("per_device_train_batch_size", 8)
+    bf16, checkpointing = settings.get("bf16", False), settings.get("gradient_checkpointing", False)
+    planned = planning.plan_run(
+        config, stage, rows * max_length, devices, sharding, devices_per_machine, bf16, checkpointing
+    )
+
+    print("Parameters")
+    print(f"  total          {planned.num_parameters:>18,}")
+    share = planned.num_trained / planned.num_parameters
+    print(f"  trained        {planned.num_trained:>18,}  {share:.1%}, stage {stage}")
+    print(f"\nMemory per device, of {devices:,} with {sharding}, for {rows:,} x {max_length:,} tokens")
+    for name, num_bytes in planned.memory.items():
+        print(f"  {name:<14} {_gb(num_bytes):>18}  {MEMORY[name]}".rstrip())
+    print(f"  {'at least':<14} {_gb(sum(planned.memory.values())):>18}")
+
+    per_step = rows * max_length * devices * settings.get("gradient_accumulation_steps", 1)
+    attention = planning.attention_flops_per_token(config, max_length) / planned.flops_per_token
+    print(f"\nTime at {mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s ({gpu})")
+    print(f"  FLOPs          {planned.flops_per_token / 1e9:>14,.1f} G  per token, without attention")
+    print(f"  step           {planned.seconds(per_step, devices, peak, mfu):>14,.1f} s  {per_step:,} tokens")
+    if max_steps:
+        hours = planned.seconds(max_steps * per_step, devices, peak, mfu) / 3600
+        print(f"  stage          {hours:>14,.1f} h  {max_steps:,} steps, {max_steps * per_step / 1e9:,.1f} G tokens")
+    print(f"  attention      {'+' + format(attention, '.0%'):>16}  if each row is one document; less for shorter ones")
 
 
 def _gb(num_bytes: int) -> str:

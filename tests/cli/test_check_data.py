@@ -7,7 +7,9 @@ import pytest
 from helpers import ROOT
 from PIL import Image
 
+from neo_hf import load_nano
 from neo_hf.training import Source, checks, load_samples
+from neo_hf.training.planning import plan_run
 from neo_hf_cli import main
 
 RECIPE = str(ROOT / "examples" / "recipes" / "2b-sft.yaml")
@@ -66,7 +68,8 @@ def test_recipe_and_limit(data, capsys):
     assert "20 caption (and more that were not read)" in out
     assert "One pass over what was read\n  rows        1 of 34,816 tokens" in out
     assert "steps       0.2, 4 rows each\n  passes      18,000.0 in 4,500 steps" in out
-    assert "model       0.0" in out  # NEO-nano has a few million parameters of 16 bytes
+    plan = plan_run(load_nano()[0].config, "sft", 34816, 4, "fsdp2")
+    assert f"device      {sum(plan.memory.values()) / 1e9:.2f} GB at least" in out
 
 
 def test_columns_and_errors(data, capsys):

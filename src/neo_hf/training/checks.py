@@ -1,4 +1,4 @@
-"""What is in training data, before a run: lengths, fill of the rows, bad records, steps and memory."""
+"""What is in training data, before a run: lengths, fill of the rows, bad records and steps."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -9,10 +9,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from neo_hf.configuration_neo import NeoConfig
 from neo_hf.loss_neo import IGNORE_INDEX
 from neo_hf.processing_neo import NeoProcessor
-from neo_hf.publishing.model_card import count_parameters
 from neo_hf.training.packing import count_bytes, fill_rows
 from neo_hf.training.records import FORMATS
 from neo_hf.training.sources import Source
@@ -159,13 +157,3 @@ def draw_lengths(reports: list[SourceReport], path: str | Path, max_length: int 
     axes.set_ylabel("samples")
     axes.legend()
     figure.savefig(path, dpi=150)
-
-
-def training_bytes(config: NeoConfig) -> int:
-    """Float32 weights, gradients and AdamW's two moments of all parameters, over all devices together."""
-    return 16 * count_parameters(config)["total"]
-
-
-def checkpointed_bytes(config: NeoConfig, num_tokens: int) -> int:
-    """The bfloat16 inputs of all layers for so many tokens, which gradient checkpointing keeps on each device."""
-    return 2 * config.text_config.num_hidden_layers * config.text_config.hidden_size * num_tokens

@@ -13,6 +13,7 @@ from transformers.training_args import OptimizerNames
 from neo_hf.loss_neo import next_token_targets
 from neo_hf.publishing.model_card import TrainingRun, count_parameters, placeholder_id, render_model_card
 from neo_hf.training.packing import PackedDataset
+from neo_hf.training.planning import flops_per_token, peak_flops
 from neo_hf.training.samples import normalize_patches
 from neo_hf.training.stages import parameter_count
 from neo_hf.training.streams import SampleStream, StreamLoader
@@ -20,15 +21,6 @@ from neo_hf.training.streams import SampleStream, StreamLoader
 
 class NonFiniteLossError(RuntimeError):
     """The loss is NaN or infinite; the message names the samples of the batch."""
-
-
-# bfloat16 FLOP/s without sparsity, from the data sheets of the SXM variants.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Peak FLOP/s in bfloat16 of a GPU by its name, or `None` if it is not in the table."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
 
 
 def num_left_out(dataset) -> tuple[int, int]:
@@ -71,7 +63,7 @@ class NeoTrainer(Trainer):
     - `create_model_card` writes NEO's card.
     - With the training loss it logs `tokens_per_second` (of all processes, without padding), `row_fill` (the share of
       the batches that is not padding), `num_skipped` and `num_overlong` (records left out since the processes started)
-      and, on GPUs whose peak is known, `mfu` (model FLOPs utilisation: 6 x parameters x tokens, without attention).
+      and, on GPUs whose peak is known, `mfu` (model FLOPs utilisation, see `planning.flops_per_token`).
     - A NaN or infinite loss raises a `NonFiniteLossError` with the `sample_names`, before the weights are updated.
     """
 
@@ -158,7 +150,7 @@ class NeoTrainer(Trainer):
             tokens, places, logs["num_skipped"], logs["num_overlong"] = map(int, counted.tolist())
             logs |= {"tokens_per_second": tokens / seconds, "row_fill": tokens / places}
             if self.args.device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name())):
-                flops = 6 * parameter_count(self.model.parameters()) * logs["tokens_per_second"]
+                flops = flops_per_token(self.model) * logs["tokens_per_second"]
                 logs["mfu"] = flops / (peak * self.args.world_size)
             self._counted = None
         super().log(logs, start_time)
