@@ -9,6 +9,7 @@ checkpoint in output_dir. For several GPUs, run it under `torchrun` or `accelera
 
 import json
 import logging
+import math
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,13 +28,18 @@ from neo_hf.training import (
     PaddedCollator,
     SampledAnswers,
     SampleStream,
+    SkipOnLossSpike,
+    Source,
     StopOnLossSpike,
     fill_rows,
     load_samples,
     prepare_for_stage,
 )
 from neo_hf.training.arguments import DataArguments
+from neo_hf.training.checks import check_rows, check_source
 from neo_hf.training.stages import STAGES
+
+logger = logging.getLogger(__name__)
 
 # Of attention and MLP; those of the output head, the embeddings and the patches are not adapted.
 PROJECTIONS = r".*\.layers\.\d+\.(self_attn|mlp)\.\w+_proj(_hw)?"
@@ -62,6 +68,10 @@ class ModelArguments:
         metadata={
             "help": "Stop when a logged loss exceeds this many times the median of the last 20, for instance 3."
         },
+    )
+    skip_on_loss_spike: float | None = field(
+        default=None,
+        metadata={"help": "Skip the update of a step whose loss exceeds this many times the median of the last 20."},
     )
     min_pixels: int | None = field(default=None, metadata={"help": "Pixel budget per image; saved with the model."})
     max_pixels: int | None = field(default=None, metadata={"help": "Pixel budget per image; saved with the model."})
@@ -120,6 +130,35 @@ def save_merged(adapter: Path, arguments: ModelArguments, folder: str):
     processor.save_pretrained(folder)
 
 
+def count_steps(sources: list[Source], processor, data_args: DataArguments, training_args: TrainingArguments) -> int:
+    """
+    The steps of `num_train_epochs` passes over the sources. All records are encoded once to count the rows that they
+    fill. Without weights of their own, sources are drawn by their size, so that a pass has each record about once.
+    """
+    reports = [check_source(source, processor) for source in sources]
+    for report in reports:
+        if not report.lengths:
+            raise ValueError(f"{report.name} has no good record: {next(iter(report.bad.values()), 'it is empty')}")
+    num_rows = sum(len(report.lengths) for report in reports)
+    if data_args.max_length is not None:
+        num_rows = check_rows(reports, data_args.max_length).num_rows
+    if not num_rows:
+        raise ValueError(f"No sample of the training data fits a row of {data_args.max_length} tokens.")
+    if data_args.train_weights is None:
+        for source, report in zip(sources, reports, strict=True):
+            source.weight = sum(report.lengths) if data_args.weighting == "tokens" else len(report.lengths)
+    per_step = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+    num_steps = math.ceil(training_args.num_train_epochs * num_rows / per_step)
+    logger.info(
+        "A pass over the training data has %d rows; %g epochs are %d steps of %d rows.",
+        num_rows,
+        training_args.num_train_epochs,
+        num_steps,
+        per_step,
+    )
+    return num_steps
+
+
 def last_checkpoint(folder: str) -> str | None:
     """The last complete checkpoint: trainer_state.json, which is written last, can be read."""
     states = Path(folder).glob("checkpoint-[0-9]*/trainer_state.json")
@@ -134,13 +173,6 @@ def last_checkpoint(folder: str) -> str | None:
 
 def main():
     model_args, data_args, training_args = parse_arguments(sys.argv[1:])
-    if training_args.max_steps <= 0:
-        rows = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
-        raise ValueError(
-            "--max_steps is needed: the training data is an endless stream, and how many rows a pass fills is not "
-            f"known before it is packed. A step has {rows} rows: with k samples per row, a pass over n samples takes "
-            f"about n / (k * {rows}) steps."
-        )
     if model_args.load_in_4bit and model_args.lora_rank is None:
         raise ValueError("--load_in_4bit trains nothing without --lora_rank.")
     logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
@@ -155,6 +187,8 @@ def main():
     else:
         model = add_adapters(model, model_args)
 
+    if training_args.max_steps <= 0:
+        training_args.max_steps = count_steps(train_sources, processor, data_args, training_args)
     train_data = SampleStream(train_sources, processor, seed=training_args.seed, weighting=data_args.weighting)
     eval_data = eval_samples = load_samples(eval_sources, processor)
     pad, weighting = processor.tokenizer.pad_token_id, data_args.loss_weighting
@@ -170,6 +204,8 @@ def main():
     callbacks: list[TrainerCallback] = [SampledAnswers(eval_samples[: data_args.num_answers], processor)]
     if model_args.stop_on_loss_spike is not None:
         callbacks.append(StopOnLossSpike(model_args.stop_on_loss_spike))
+    if model_args.skip_on_loss_spike is not None:
+        callbacks.append(SkipOnLossSpike(model_args.skip_on_loss_spike))
     trainer = NeoTrainer(
         model,
         training_args,

@@ -90,11 +90,21 @@ def weighted_cross_entropy(
         assert labels is not None
         shift_labels = F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
     shift_labels = shift_labels.to(logits.device)
-    token_loss = F.cross_entropy(
-        logits.reshape(-1, vocab_size).float(), shift_labels.flatten(), reduction="none", ignore_index=IGNORE_INDEX
-    )
+    token_loss = cross_entropy(logits.reshape(-1, vocab_size), shift_labels.flatten())
     weights = target_weights(shift_labels, loss_weight).to(logits.device).flatten()
-    total = weights.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).to(logits.device)
+    return weighted_mean(token_loss, weights, num_items_in_batch)
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The loss (tokens,) of each target, in float32, 0 where it is -100."""
+    return F.cross_entropy(logits.float(), targets, reduction="none", ignore_index=IGNORE_INDEX)
+
+
+def weighted_mean(
+    token_loss: torch.Tensor, weights: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """The sum of `weights` times `token_loss` (both (tokens,)), divided by that of the weights or another divisor."""
+    total = weights.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).to(token_loss.device)
     return (token_loss * weights).sum() / torch.where(total > 0, total, 1)
 
 
@@ -104,13 +114,13 @@ class NeoOutputHead(nn.Linear):
     # About 1.2 GB in float32 with a vocabulary of 151,936, backward pass included.
     chunk_tokens = 512
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: torch.Tensor,
         targets: torch.Tensor | None = None,
         loss_weight: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden_states: (..., E), or (tokens, E) with targets.
@@ -119,21 +129,25 @@ class NeoOutputHead(nn.Linear):
             num_items_in_batch: divisor of the loss.
 
         Returns:
-            Logits (..., vocabulary), or with targets the scalar loss, also in one call of this module: FSDP and ZeRO
-            gather its weights per call, and expect the same calls from all processes.
+            Logits (..., vocabulary). With targets, the scalar loss, and the cross entropy (tokens,) of each without a
+            gradient, also in one call of this module: FSDP and ZeRO gather its weights per call, and expect the same
+            calls from all processes.
         """
         if targets is None or loss_weight is None:
             return super().forward(hidden_states)
 
-        def chunk_loss(hidden_states: torch.Tensor, targets: torch.Tensor, loss_weight: torch.Tensor) -> torch.Tensor:
-            logits = F.linear(hidden_states, self.weight)
-            return weighted_cross_entropy(
-                logits, None, logits.shape[-1], num_items_in_batch, shift_labels=targets, loss_weight=loss_weight
-            )
+        def chunk_loss(
+            hidden_states: torch.Tensor, targets: torch.Tensor, loss_weight: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            token_loss = cross_entropy(F.linear(hidden_states, self.weight), targets)
+            return weighted_mean(token_loss, loss_weight, num_items_in_batch), token_loss.detach()
 
         # Without tokens there is one empty chunk, so that the loss has a gradient.
         chunks = zip(*(x.split(self.chunk_tokens) for x in (hidden_states, targets, loss_weight)), strict=True)
-        return torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+        losses, token_losses = zip(
+            *(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks), strict=True
+        )
+        return torch.stack(losses).sum(), torch.cat(token_losses)
 
 
 __all__ = ["NeoOutputHead", "weighted_cross_entropy"]

@@ -226,9 +226,13 @@ class NeoCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
     image_hidden_states (`torch.Tensor` of shape `(V, E)`, *optional*):
         The visual tokens, if images were given.
+    token_loss (`torch.Tensor` of shape `(B, L)`, *optional*):
+        With `skip_logits`, the cross entropy of predicting the token after each, without a gradient; 0 where it does
+        not count.
     """
 
     image_hidden_states: torch.Tensor | None = None
+    token_loss: torch.Tensor | None = None
 
 
 class HostFacts(NamedTuple):
@@ -594,13 +598,13 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin, NeoCha
             logits_to_keep: number of last tokens to compute logits for, 0 for all; or an index tensor of tokens.
             loss_weight: (B, L), the weight of each label in the loss; 1 by default.
             num_items_in_batch: divisor of the loss, instead of this batch's sum of weights.
-            skip_logits: return only the loss, which takes a fraction of the memory.
+            skip_logits: return losses without logits, which takes a fraction of the memory.
             kernel_options: options of FlexAttention, if it is used.
             shift_labels: (B, kept tokens) targets that are already shifted, instead of `labels`; as in transformers.
 
         Returns:
             `logits` (B, L, vocabulary) and, with labels, `loss`: the weighted mean cross entropy, 0 if no
-            token counts.
+            token counts. With `skip_logits`, `token_loss` (B, L) in place of the logits.
         """
         # Not a parameter: the Trainer's evaluation loss requires every parameter with "label" in its name.
         shift_labels = kwargs.pop("shift_labels", None)
@@ -647,7 +651,7 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin, NeoCha
         hidden_states = outputs.last_hidden_state[:, kept]
         if targets is not None and weights is not None:
             targets, weights = targets.to(hidden_states.device), weights.to(hidden_states.device)
-        logits = loss = None
+        logits = loss = token_loss = None
         if skips_logits:
             assert targets is not None
             assert weights is not None
@@ -657,7 +661,11 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin, NeoCha
                 counted = is_counted.nonzero()[:, 0]  # once, since the host waits for their number
             else:
                 counted = is_counted.int().argsort(descending=True, stable=True)[: host_facts.num_targets]
-            loss = self.lm_head(*(x.flatten(0, 1)[counted] for x in (hidden_states, targets, weights)), total)
+            loss, counted_loss = self.lm_head(
+                *(x.flatten(0, 1)[counted] for x in (hidden_states, targets, weights)), total
+            )
+            token_loss = counted_loss.new_zeros(weights.numel()).index_copy(0, counted, counted_loss)
+            token_loss = token_loss.view_as(weights)
         else:
             logits = self.lm_head(hidden_states)
             if targets is not None:
@@ -676,6 +684,7 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin, NeoCha
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            token_loss=token_loss,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 

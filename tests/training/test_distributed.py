@@ -1,5 +1,6 @@
 """examples/train.py in several processes (gloo), under each launcher of the page, learns what it does in one."""
 
+import itertools
 import json
 import os
 import random
@@ -15,7 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from neo_hf import load_nano
-from neo_hf.training import Source, load_samples
+from neo_hf.conversion import convert_raw_to_hub
+from neo_hf.training import PackedCollator, PackedDataset, SampleStream, Source, load_samples
 
 EXAMPLES = ROOT / "examples"
 # accelerate has FSDP and DeepSpeed on accelerators only.
@@ -94,8 +96,11 @@ def train(command, data, stage, out, rows, *options):
         env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry], load_file(out / "model.safetensors")
+    return [entry["loss"] for entry in log(out) if "loss" in entry], load_file(out / "model.safetensors")
+
+
+def log(out):
+    return json.loads((out / "trainer_state.json").read_text())["log_history"]
 
 
 @pytest.fixture(scope="module", params=["pretrain", "sft"])  # mid-training trains what SFT does
@@ -115,3 +120,76 @@ def test_several_processes(alone, data, tmp_path, launcher):
     assert weights.keys() == expected_weights.keys()
     for name, expected in expected_weights.items():
         torch.testing.assert_close(weights[name], expected, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_loss_per_source(data, tmp_path):
+    """Over the documents that both processes read, in two rows each."""
+    lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
+    files = [tmp_path / "few.jsonl", tmp_path / "many.jsonl"]
+    for file, part in zip(files, (lines[:1], lines[1:]), strict=True):
+        file.write_text("".join(part))
+    command, options = LAUNCHERS["ddp"]
+    options = [*options, "--train_data", *files, "--learning_rate", "0", "--logging_steps", "3", "--seed", "7"]
+    train(command, data, "sft", tmp_path / "out", 1, *options)
+    [logged] = [entry for entry in log(tmp_path / "out") if "loss" in entry]
+
+    model, processor = load_nano()
+    processor.image_processor.min_pixels, processor.image_processor.max_pixels = 1024, 16384
+    collator = PackedCollator(processor.tokenizer.pad_token_id, ROW)
+    sums = {str(file): torch.zeros(2) for file in files}
+    for reader in range(2):
+        sources = [Source(str(file), root=data) for file in files]
+        rows = PackedDataset(SampleStream(sources, processor, seed=7, normalize=True), ROW)
+        rows.load_state_dict(rows.initial_state(reader, 2))
+        for [sample] in itertools.islice(rows, 6):
+            weight = (sample["labels"][1:] != -100).sum() ** 0.5
+            batch = collator([[sample]])
+            del batch["sample_names"], batch["source_ids"]
+            with torch.no_grad():
+                loss = model(**batch).loss.item()
+            sums[str(files[sample["source"]])] += torch.tensor([loss, 1]) * weight
+    for name, (loss, weight) in sums.items():
+        assert logged[f"loss/{name}"] == pytest.approx((loss / weight).item(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_skips_a_loss_spike_in_all_processes(tmp_path):
+    """Even though only one of them sees it."""
+    worker = Path(__file__).with_name("skip_loss_spike.py")
+    run = subprocess.run(
+        [sys.executable, *TORCHRUN, str(worker), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(["tests", os.environ.get("PYTHONPATH", "")])},
+        cwd=ROOT,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.count("changed [True, True, True, True, True, False, True]") == 2
+    assert run.stderr.count("Its update is skipped") == 1
+
+
+@pytest.mark.slow
+def test_sharded_checkpoints(alone, data, tmp_path):
+    """torch.distributed.checkpoint: resumed from, and converted; the end is a whole folder."""
+    stage, _, expected = alone
+    command, options = LAUNCHERS["fsdp2"]
+    command = [*command[:-1], "--fsdp_state_dict_type", "SHARDED_STATE_DICT", command[-1]]
+    options = [*options, "--save_strategy", "steps", "--save_steps", "2"]
+    whole = tmp_path / "whole"
+    _, weights = train(command, data, stage, whole, 1, *options)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-5, msg=name)
+    checkpoint = whole / "checkpoint-2"
+    assert (checkpoint / "pytorch_model_fsdp_0" / ".metadata").is_file()
+    assert not (checkpoint / "model.safetensors").exists()
+    resumed = train(command, data, stage, tmp_path / "resumed", 1, *options, "--resume_from_checkpoint", checkpoint)[1]
+    for name, tensor in weights.items():
+        assert torch.equal(resumed[name], tensor), name
+    convert_raw_to_hub(checkpoint, tmp_path / "converted")
+    converted = load_file(tmp_path / "converted" / "model.safetensors")
+    assert converted.keys() == weights.keys()
+    differences = [(converted[name] - weights[name]).abs().max() for name in weights]
+    assert 0 < max(differences) < 0.1  # a step later

@@ -205,6 +205,31 @@ def test_lora(script, data, tmp_path, monkeypatch, quantized):
     check_complete(out)
 
 
+@pytest.mark.parametrize(("packed", "epochs", "steps"), [(False, 1.5, 6), (True, 3, 3)])
+def test_epochs(script, data, tmp_path, monkeypatch, packed, epochs, steps):
+    """Eight records, one per row or all of them in a row of their length; steps of two rows or one."""
+    options = {"num_train_epochs": epochs, "per_device_train_batch_size": 1, "learning_rate": 0}
+    options |= {"max_length": 320} if packed else {"gradient_accumulation_steps": 2}
+    drawn = []
+    encode = script.SampleStream.__iter__
+
+    def draw(stream):
+        for sample in encode(stream):
+            drawn.append(stream.sources[sample["source"]].name)
+            yield sample
+
+    monkeypatch.setattr(script.SampleStream, "__iter__", draw)
+    lines = (data / "captions.jsonl").read_text().splitlines(keepends=True)
+    files = [tmp_path / "few.jsonl", tmp_path / "many.jsonl"]
+    for file, part in zip(files, (lines[:1], lines[1:]), strict=True):
+        file.write_text("".join(part))
+    run(script, monkeypatch, [*arguments(data, tmp_path / "out", **options), "--train_data", *map(str, files)])
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == steps
+    assert state["epoch"] == 1
+    assert drawn.count(str(files[1])) > 2 * drawn.count(str(files[0]))  # by their size
+
+
 def test_recipes(script, tmp_path):
     sizes, stages = {"2b", "9b"}, {"pretrain", "midtrain", "sft"}
     assert {path.stem for path in RECIPES} == {"2b-qlora", *(f"{size}-{stage}" for size in sizes for stage in stages)}
@@ -237,8 +262,11 @@ def test_bad_arguments(script, data, tmp_path, monkeypatch):
         run(script, monkeypatch, argv)
     with pytest.raises(ValueError, match=r"more than 8 tokens.*captions\.jsonl:1"):
         run(script, monkeypatch, arguments(data, tmp_path, max_steps=1, max_length=8))
-    with pytest.raises(ValueError, match=r"--max_steps is needed: .*A step has 24 rows"):
-        run(script, monkeypatch, arguments(data, tmp_path, num_train_epochs=2, gradient_accumulation_steps=3))
+    with pytest.raises(ValueError, match=r"No sample .* fits a row of 8 tokens"):
+        run(script, monkeypatch, arguments(data, tmp_path, max_length=8))
+    (tmp_path / "bad.jsonl").write_text('{"image": "absent.jpg", "caption": "Lost."}\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl has no good record: Cannot read the image .*absent\.jpg"):
+        run(script, monkeypatch, arguments(data, tmp_path, train_data=tmp_path / "bad.jsonl"))
     with pytest.raises(ValueError, match="stage sft, got 'pretrain'"):
         run(script, monkeypatch, arguments(data, tmp_path, max_steps=1, stage="pretrain", lora_rank=4))
     with pytest.raises(ValueError, match="without --lora_rank"):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import re
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from helpers import GOLDEN, IMAGE, batch, load_golden_model, random_model, random_prompt, tiny_config
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from neo_hf.indexing_neo import document_starts
 from neo_hf.loss_neo import NeoOutputHead
@@ -19,7 +20,10 @@ from neo_hf.training import (
     NeoTrainer,
     NonFiniteLossError,
     PackedCollator,
+    PackedDataset,
+    PaddedCollator,
     SampleStream,
+    SkipOnLossSpike,
     Source,
     StopOnLossSpike,
     encode_record,
@@ -375,6 +379,8 @@ def test_continues_a_stream(tiny, tmp_path, monkeypatch, num_workers):
     resumed = run(tmp_path / "resumed", make_samples(20))
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert losses(resumed) == losses(whole)
+    epochs = [entry["epoch"] for entry in resumed.state.log_history if "loss" in entry]
+    assert epochs == pytest.approx([step / 6 for step in range(1, 7)])
     assert all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True))
     if not num_workers:
         assert len(encoded) == 4
@@ -458,22 +464,95 @@ def test_what_a_run_logs(tiny, tmp_path, packed):
         assert "mfu" not in entry  # of a CPU nobody knows the peak
 
 
-def test_stops_at_a_loss_spike(tiny, tmp_path):
+@pytest.mark.parametrize("packed", [False, True])
+def test_loss_per_source(tiny, tmp_path, packed):
+    """That of the documents of each source on their own, however they are packed and accumulated."""
+    samples = make_samples(9)
+    data = [Source(samples[:4], name="a"), Source(samples[4:8], name="b", weight=2), Source(samples[8:], name="a")]
+    stream = SampleStream(data, None)
+    pad = PackedCollator(0, 128, "square") if packed else PaddedCollator(0, "square")
+    collated = []
+
+    def collator(rows):
+        collated.append([sample for row in rows for sample in row] if packed else list(rows))
+        return pad(rows)
+
+    with torch.no_grad():
+        model = copy.deepcopy(tiny)
+        own = {s["name"]: model(**without_names(collate([s], kind="token"))).loss.item() for s in samples}
+    names = {sample["name"]: "ab"[4 <= number < 8] for number, sample in enumerate(samples)}
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "dataloader_num_workers": 0}
+    arguments = training_arguments(tmp_path, max_steps=4, logging_steps=2, **options, **SGD | {"learning_rate": 0})
+    rows = PackedDataset(stream, 128, buffer_size=3) if packed else stream
+    trainer = NeoTrainer(model, arguments, data_collator=collator, train_dataset=rows)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    for entry, drawn in zip(logged, (collated[:4], collated[4:8]), strict=True):
+        for name in "ab":
+            sums = torch.zeros(2)
+            for sample in itertools.chain(*drawn):
+                if names[sample["name"]] == name:
+                    # Each counts as the square root of its number of targets.
+                    weight = (sample["labels"][1:] != -100).sum() ** 0.5
+                    sums += torch.tensor([own[sample["name"]], 1]) * weight
+            assert entry[f"loss/{name}"] == pytest.approx((sums[0] / sums[1]).item(), abs=1e-5)
+    alone = NeoTrainer(tiny, arguments, data_collator=pad, train_dataset=SampleStream(data[:1], None))
+    if not packed:
+        alone.train()
+        assert not any(name.startswith("loss/") for name in alone.state.log_history[0])
+
+
+def spiking_trainer(model, folder, callbacks, **kwargs):
+    """Eight steps, of which the seventh shows what the model has not learnt."""
     samples = make_samples(1) * 8
-    spike = {**samples[0], "labels": samples[0]["labels"].roll(1)}  # what the model has not learnt
+    samples[6] = {**samples[6], "labels": samples[6]["labels"].roll(1)}
+    arguments = training_arguments(
+        folder, **{"max_steps": 8, "per_device_train_batch_size": 1, "learning_rate": 3e-2, **kwargs}
+    )
+    trainer = NeoTrainer(
+        copy.deepcopy(model), arguments, data_collator=collate, train_dataset=samples, callbacks=callbacks
+    )
+    trainer._get_train_sampler = lambda dataset: torch.utils.data.SequentialSampler(dataset)
+    return trainer
 
-    def learn(ratio):
-        arguments = training_arguments(tmp_path, max_steps=8, per_device_train_batch_size=1, learning_rate=3e-2)
-        data = [*samples[:6], spike, samples[0]]
-        callbacks = [StopOnLossSpike(ratio, window=3)]
-        trainer = NeoTrainer(
-            copy.deepcopy(tiny), arguments, data_collator=collate, train_dataset=data, callbacks=callbacks
-        )
-        trainer._get_train_sampler = lambda dataset: torch.utils.data.SequentialSampler(dataset)
-        trainer.train()
 
-    learn(1e6)
+def test_stops_at_a_loss_spike(tiny, tmp_path):
+    spiking_trainer(tiny, tmp_path, [StopOnLossSpike(1e6, window=3)]).train()
     with pytest.raises(LossSpikeError, match=r"loss of step 7 is .* more than 2 times .* median of the last 3"):
-        learn(2)
-    with pytest.raises(ValueError, match=r"more than 1, got 0\.5"):
-        StopOnLossSpike(0.5)
+        spiking_trainer(tiny, tmp_path, [StopOnLossSpike(2, window=3)]).train()
+    for callback in (StopOnLossSpike, SkipOnLossSpike):
+        with pytest.raises(ValueError, match=r"more than 1, got 0\.5"):
+            callback(0.5)
+
+
+class Weights(TrainerCallback):
+    """The weights after each step."""
+
+    def __init__(self):
+        self.after = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.after.append([parameter.detach().clone() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_skips_a_loss_spike(tiny, tmp_path, caplog, optim):
+    weights = Weights()
+    kwargs = {"optim": optim, "weight_decay": 0.1, "save_strategy": "steps", "save_steps": 6}
+    trainer = spiking_trainer(tiny, tmp_path, [SkipOnLossSpike(2, window=3), weights], **kwargs)
+    trainer.train()
+    changed = [
+        any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        for before, after in itertools.pairwise(weights.after)
+    ]
+    assert changed == [True] * 5 + [False, True]
+    assert "loss of step 7" in caplog.text
+    assert "Its update is skipped" in caplog.text
+    # A resumed run remembers the losses.
+    resumed = spiking_trainer(tiny, tmp_path, [SkipOnLossSpike(2, window=3)], **kwargs)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    for a, b in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    with pytest.raises(LossSpikeError, match=r"The last 1 steps were all skipped"):
+        spiking_trainer(tiny, tmp_path, [SkipOnLossSpike(1.0001, window=1)]).train()

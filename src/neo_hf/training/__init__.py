@@ -3,7 +3,7 @@ Training NEO, in the order in which data passes through: records, shards and sou
 these; packing and collators; the stages, the Trainer and its callbacks.
 """
 
-from neo_hf.training.callbacks import LossSpikeError, SampledAnswers, StopOnLossSpike
+from neo_hf.training.callbacks import LossSpikeError, SampledAnswers, SkipOnLossSpike, StopOnLossSpike
 from neo_hf.training.collators import PackedCollator, PaddedCollator
 from neo_hf.training.packing import PackedDataset, fill_rows
 from neo_hf.training.samples import encode_record, normalize_patches
@@ -21,6 +21,7 @@ __all__ = [
     "PaddedCollator",
     "SampleStream",
     "SampledAnswers",
+    "SkipOnLossSpike",
     "Source",
     "StopOnLossSpike",
     "StreamLoader",

@@ -1,14 +1,14 @@
-"""Callbacks: answers during training, and a stop where the loss jumps."""
+"""Callbacks: answers during training, and what to do where the loss jumps."""
 
 import logging
 import os
 import statistics
-from collections import deque
 from pathlib import Path
 
 import torch
 from PIL import Image
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from neo_hf.loss_neo import IGNORE_INDEX
 from neo_hf.processing_neo import NeoProcessor
@@ -93,11 +93,40 @@ class SampledAnswers(TrainerCallback):
             os.replace(path.with_suffix(".tmp"), path)
 
 
+class ShareOfStream(TrainerCallback):
+    """`epoch` in the log of an endless stream: the share of the run that is done, also after resuming."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.epoch = state.global_step / state.max_steps
+
+
 class LossSpikeError(RuntimeError):
     """The loss jumped; the message says from where to where."""
 
 
-class StopOnLossSpike(TrainerCallback):
+class _LossSpikes:
+    """Tells losses of more than `ratio` times the median of the last `window`, among which it does not count them."""
+
+    def __init__(self, ratio: float, window: int = 20):
+        if not ratio > 1:
+            raise ValueError(f"The ratio of a loss spike must be more than 1, got {ratio}.")
+        self.ratio = ratio
+        self.window = window
+        self.losses: list[float] = []
+
+    def explain_spike(self, step: int, loss: float) -> str | None:
+        """What is wrong with this loss; `None` if it is not a spike, which is then remembered."""
+        median = statistics.median(self.losses) if self.losses else loss
+        if len(self.losses) == self.window and loss > self.ratio * median:
+            return (
+                f"The loss of step {step} is {loss:.4g}, more than {self.ratio:g} times {median:.4g}, the median of "
+                f"the last {self.window}"
+            )
+        self.losses = [*self.losses, loss][-self.window :]
+        return None
+
+
+class StopOnLossSpike(_LossSpikes, TrainerCallback):
     """
     Raise a `LossSpikeError` when a logged loss exceeds `ratio` times the median of those before. Nothing is saved: run
     again to go on from the last checkpoint, for instance with a lower learning rate.
@@ -110,19 +139,64 @@ class StopOnLossSpike(TrainerCallback):
         ValueError: `ratio` is not more than 1.
     """
 
-    def __init__(self, ratio: float, window: int = 20):
-        if not ratio > 1:
-            raise ValueError(f"The ratio of a loss spike must be more than 1, got {ratio}.")
-        self.ratio = ratio
-        self.losses: deque[float] = deque(maxlen=window)
-
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in (logs or {}):
+        if "loss" in (logs or {}) and (problem := self.explain_spike(state.global_step, logs["loss"])):
+            raise LossSpikeError(f"{problem} logged. Saved checkpoints in {args.output_dir} are unaffected.")
+
+
+class SkipOnLossSpike(_LossSpikes, TrainerCallback, ExportableState):
+    """
+    Drop the gradients of a step whose loss exceeds `ratio` times the median of the steps before: weights and optimizer
+    stay as they are, the data and the learning rate's schedule go on. The loss is that of all processes, which
+    therefore decide alike, and is read from the device once per step. A resumed run continues with the losses of its
+    checkpoint.
+
+    Args:
+        ratio: more than 1.
+        window: how many losses the median is over, and how many steps there must be before it counts.
+
+    Raises:
+        ValueError: `ratio` is not more than 1; at the start of training, DeepSpeed is used, which updates the weights
+            before a callback can stop it.
+        LossSpikeError: `window` steps in a row were skipped.
+    """
+
+    def __init__(self, ratio: float, window: int = 20):
+        super().__init__(ratio, window)
+        self.num_skipped_in_row = 0
+        self._loss: torch.Tensor | float = 0.0
+
+    def state(self) -> dict:
+        attributes = {"losses": self.losses, "num_skipped_in_row": self.num_skipped_in_row}
+        return {"args": {"ratio": self.ratio, "window": self.window}, "attributes": attributes}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        assert model is not None
+        if args.deepspeed:
+            raise ValueError("SkipOnLossSpike cannot skip a step of DeepSpeed, whose engine updates weights itself.")
+        vars(self).update(state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"])
+        self._hook = model.register_forward_hook(self._add_loss)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._hook.remove()
+
+    def _add_loss(self, model, args, output):
+        if model.training:
+            self._loss = self._loss + output["loss"].detach()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        assert model is not None
+        # Of each process and accumulation step, the loss is a part of the whole: it is divided by what all have.
+        loss, self._loss = torch.as_tensor(self._loss), 0.0
+        if args.world_size > 1:
+            torch.distributed.all_reduce(loss)
+        problem = self.explain_spike(state.global_step + 1, loss.item())
+        if problem is None:
+            self.num_skipped_in_row = 0
             return
-        if len(self.losses) == self.losses.maxlen and logs["loss"] > self.ratio * statistics.median(self.losses):
-            raise LossSpikeError(
-                f"The loss of step {state.global_step} is {logs['loss']:.4g}, more than {self.ratio:g} times "
-                f"{statistics.median(self.losses):.4g}, the median of the last {len(self.losses)} logged. Saved "
-                f"checkpoints in {args.output_dir} are unaffected."
-            )
-        self.losses.append(logs["loss"])
+        self.num_skipped_in_row += 1
+        if self.num_skipped_in_row == self.window:
+            raise LossSpikeError(f"{problem} that were not skipped. The last {self.window} steps were all skipped.")
+        if state.is_world_process_zero:
+            logger.warning("%s. Its update is skipped.", problem)
+        model.zero_grad(set_to_none=True)  # optimizers leave parameters without gradients alone

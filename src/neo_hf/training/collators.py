@@ -24,7 +24,8 @@ class PaddedCollator:
     Calling it returns:
         `input_ids`, `attention_mask` and `labels` (B, L) int64; `loss_weight` (B, L) float32, the weight of predicting
         this token, 0 where it does not count; with images, `pixel_values` (P, 3 * patch_size^2), float32 or, as in all
-        of the samples, uint8, and `image_grid_hw` (N, 2) int64; `sample_names`, a list, if all samples have names.
+        of the samples, uint8, and `image_grid_hw` (N, 2) int64; `sample_names`, a list, if all samples have names;
+        `source_ids` (B, L) int64, -1 on padding, if all samples say which source of a stream they are from.
 
     Raises:
         ValueError: unknown loss_weighting; when called, a sample is not what `check_sample` expects.
@@ -92,6 +93,7 @@ def join_rows(rows: list[list[dict]], length: int, pad_token_id: int, loss_weigh
         "labels": torch.full(shape, IGNORE_INDEX),
         "loss_weight": torch.zeros(shape),
         "document_ids": torch.zeros(shape, dtype=torch.long),
+        "source_ids": torch.full(shape, -1),
     }
     for number, row in enumerate(rows):
         end = 0
@@ -103,11 +105,14 @@ def join_rows(rows: list[list[dict]], length: int, pad_token_id: int, loss_weigh
             batch["input_ids"][place] = sample["input_ids"]
             batch["labels"][place] = labels
             batch["document_ids"][place] = document
+            batch["source_ids"][place] = sample.get("source", -1)
             if counts.any():
                 batch["loss_weight"][place] = counts * LOSS_WEIGHTINGS[loss_weighting](int(counts.sum()))
             end += len(labels)
         batch["document_ids"][number, end:] = len(row)
     samples = [sample for row in rows for sample in row]
+    if not all("source" in sample for sample in samples):
+        del batch["source_ids"]
     images = [sample for sample in samples if "pixel_values" in sample]
     if images:
         if len(dtypes := {str(sample["pixel_values"].dtype) for sample in images}) > 1:

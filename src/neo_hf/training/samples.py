@@ -8,7 +8,8 @@ model is trained on, a dict of
 - `pixel_values` (P, 3 * patch_size^2) and `image_grid_hw` (N, 2) int64, if it has images or frames. Patches are
   normalised float32, or uint8 as they were resized, a quarter of the size: `normalize_patches` makes the former of the
   latter, on any device and bit for bit,
-- `name`: its origin, for error messages.
+- `name`: its origin, for error messages,
+- `source`: the number of its source in a stream, if it is from one.
 """
 
 import os
@@ -216,6 +217,7 @@ def check_sample(record: dict, processor: NeoProcessor | None = None, name: str 
     if processor is not None:
         _check_tokens(sample, processor, (grids.prod(-1) // merge**2).tolist())
         sample["labels"] = sample["labels"].masked_fill(sample["input_ids"] == processor.image_token_id, IGNORE_INDEX)
+    sample |= {"source": record["source"]} if isinstance(record.get("source"), int) else {}
     name = record.get("name") or name
     return {**sample, "name": name} if name else sample
 

@@ -139,7 +139,7 @@ class SampleStream(IterableDataset):
             state["samples"] += 1
             state["tokens"][index] += len(sample["input_ids"])
             state["readers"][index] = readers[index].state
-            yield sample
+            yield sample | {"source": index}
 
 
 @dataclass

@@ -12,6 +12,7 @@ from transformers.training_args import OptimizerNames
 
 from neo_hf.loss_neo import next_token_targets
 from neo_hf.publishing.model_card import TrainingRun, count_parameters, placeholder_id, render_model_card
+from neo_hf.training.callbacks import ShareOfStream
 from neo_hf.training.packing import PackedDataset
 from neo_hf.training.planning import flops_per_token, peak_flops
 from neo_hf.training.samples import normalize_patches
@@ -27,6 +28,21 @@ def num_left_out(dataset) -> tuple[int, int]:
     """How many records this process skipped as bad, and left out as longer than a row."""
     stream = getattr(dataset, "samples", dataset)
     return getattr(stream, "num_skipped", 0), getattr(dataset, "num_dropped", 0)
+
+
+def source_names(dataset) -> list[str]:
+    """The names of the sources of a stream, or of its rows, if it has several; no names otherwise."""
+    sources = getattr(getattr(dataset, "samples", dataset), "sources", ())
+    return [source.name for source in sources] if len(sources) > 1 else []
+
+
+def mean_by_name(names: list[str], losses: list[float], weights: list[float]) -> dict[str, float]:
+    """`loss/NAME` of each name that has any weight, from sums of weighted losses and of weights."""
+    sums: dict[str, tuple[float, float]] = {}
+    for name, loss, weight in zip(names, losses, weights, strict=True):
+        total = sums.get(name, (0.0, 0.0))
+        sums[name] = (total[0] + loss, total[1] + weight)
+    return {f"loss/{name}": loss / weight for name, (loss, weight) in sums.items() if weight}
 
 
 def training_history(log: list[dict]) -> tuple[list[dict], dict[str, float]]:
@@ -55,20 +71,23 @@ class NeoTrainer(Trainer):
       by the number of tokens. Gradient accumulation and the number of processes do not change the result.
     - A `SampleStream`, or a `PackedDataset` of one, gives each process its own share. A checkpoint holds where it is,
       and a resumed run continues there (`StreamLoader`), where `Trainer` reads again what was seen. With
-      `ignore_data_skip`, it begins the stream anew.
+      `ignore_data_skip`, it begins the stream anew. `epoch` in the log is the share of the run that is done.
     - Patches that are uint8 are normalised on the device, with the settings of the processor.
     - Weight decay spares all norms. `Trainer` does not know `q_norm_h` and the like by their names.
     - The model computes logits only if they are used.
-    - A tied output head is saved once, however the model is sharded.
+    - A tied output head is saved once, however the model is sharded. With sharded checkpoints of FSDP, `save_model`
+      writes a whole model, and each checkpoint has the configuration and the processor beside its shards.
     - `create_model_card` writes NEO's card.
     - With the training loss it logs `tokens_per_second` (of all processes, without padding), `row_fill` (the share of
       the batches that is not padding), `num_skipped` and `num_overlong` (records left out since the processes started)
-      and, on GPUs whose peak is known, `mfu` (model FLOPs utilisation, see `planning.flops_per_token`).
+      and, on GPUs whose peak is known, `mfu` (model FLOPs utilisation, see `planning.flops_per_token`). Of a stream of
+      several sources, it logs `loss/NAME` for each source, the weighted mean over its tokens since the last log.
     - A NaN or infinite loss raises a `NonFiniteLossError` with the `sample_names`, before the weights are updated.
     """
 
-    # Tokens and places in the batches since the last log.
+    # Tokens and places in the batches since the last log, and per source the sums of weighted losses and of weights.
     _counted: torch.Tensor | None = None
+    _source_losses: torch.Tensor
     _counting_since = 0.0
     _stream_loader: StreamLoader | None = None
 
@@ -79,6 +98,8 @@ class NeoTrainer(Trainer):
         # The loader itself continues where it was: nothing is to be skipped.
         self._resumes_stream = self._stream_loader is not None or not self.args.ignore_data_skip
         self.args.ignore_data_skip = True
+        if self._stream_loader is None:
+            self.add_callback(ShareOfStream())
         self._stream_loader = StreamLoader(
             dataset,
             self.data_collator,
@@ -129,6 +150,7 @@ class NeoTrainer(Trainer):
     def get_batch_samples(self, *args, **kwargs):
         if self._counted is None:
             self._counted, self._counting_since = torch.zeros(2, device=self.args.device), time.perf_counter()
+            self._source_losses = torch.zeros(len(source_names(self.train_dataset)), 2, device=self.args.device)
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         for batch in batches:
             ids = batch["input_ids"]
@@ -146,9 +168,11 @@ class NeoTrainer(Trainer):
         if "loss" in logs and self._counted is not None:
             seconds = time.perf_counter() - self._counting_since
             left_out = torch.tensor(num_left_out(self.train_dataset), device=self.args.device)
-            counted = self.accelerator.reduce(torch.cat([self._counted, left_out]), "sum")
-            tokens, places, logs["num_skipped"], logs["num_overlong"] = map(int, counted.tolist())
+            numbers = torch.cat([self._counted, left_out, self._source_losses.flatten()])
+            tokens, places, num_skipped, num_overlong, *sums = self.accelerator.reduce(numbers, "sum").tolist()
+            logs |= {"num_skipped": int(num_skipped), "num_overlong": int(num_overlong)}
             logs |= {"tokens_per_second": tokens / seconds, "row_fill": tokens / places}
+            logs |= mean_by_name(source_names(self.train_dataset), sums[::2], sums[1::2])
             if self.args.device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name())):
                 flops = flops_per_token(self.model) * logs["tokens_per_second"]
                 logs["mfu"] = flops / (peak * self.args.world_size)
@@ -158,19 +182,18 @@ class NeoTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         if not batch_samples or not all("loss_weight" in batch for batch in batch_samples):
             return super()._get_num_items_in_batch(batch_samples, device)
-        model = self.accelerator.unwrap_model(self.model)
-        weight = sum(
-            next_token_targets(
-                batch["labels"],
-                image_token_id=model._image_token_id,
-                **{name: batch.get(name) for name in ("loss_weight", "attention_mask", "document_ids")},
-            )[1].sum()
-            for batch in batch_samples
-        )
+        weight = sum(self._target_weights(batch).sum() for batch in batch_samples)
         weight = torch.as_tensor(weight, dtype=torch.float32, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             weight = self.accelerator.gather(weight).sum() / self.get_tp_size()  # tensor-parallel ranks share a batch
         return weight
+
+    def _target_weights(self, batch: dict) -> torch.Tensor:
+        """The weight (B, L) of predicting the token after each."""
+        model = self.accelerator.unwrap_model(self.model)
+        names = ("loss_weight", "attention_mask", "document_ids")
+        options = {name: batch.get(name) for name in names}
+        return next_token_targets(batch["labels"], image_token_id=model._image_token_id, **options)[1]
 
     def create_model_card(self, license=None, model_name=None, finetuned_from=None, dataset=(), stage=None):
         """
@@ -222,6 +245,19 @@ class NeoTrainer(Trainer):
         names = super().get_decay_parameter_names(model)
         return [name for name in names if not re.search(r"_norm_[hw]\.", name)]
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if not self.is_fsdp_enabled or "SHARDED" not in str(plugin.state_dict_type):
+            return super().save_model(output_dir, _internal_call)
+        # `Trainer` then saves neither configuration nor processor, and no weights at the end.
+        output_dir = output_dir or self.args.output_dir
+        if not _internal_call:
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))
+        elif self.args.should_save:
+            self.model.config.save_pretrained(output_dir)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
+
     def _save(self, output_dir=None, state_dict=None):
         # FSDP2 and ZeRO-2 gather a tied output head as a tensor of its own.
         tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", {})
@@ -234,7 +270,7 @@ class NeoTrainer(Trainer):
         return self.compute_loss_func is None and self.label_smoother is None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        names = inputs.pop("sample_names", None)
+        names, source_ids = inputs.pop("sample_names", None), inputs.pop("source_ids", None)
         inputs.setdefault("skip_logits", model.training and self._loss_is_the_models)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and not torch.isfinite(loss):
@@ -243,6 +279,12 @@ class NeoTrainer(Trainer):
                 f"{', '.join(names) if names else '(unnamed)'}. Saved checkpoints in {self.args.output_dir} are "
                 "unaffected."
             )
+        token_loss = outputs.get("token_loss") if isinstance(outputs, dict) else None
+        is_counting = model.training and self._counted is not None and len(self._source_losses) > 0
+        if is_counting and source_ids is not None and token_loss is not None:
+            weights = self._target_weights(inputs)
+            sums = torch.stack([token_loss.float() * weights, weights], dim=-1).flatten(0, 1)
+            self._source_losses.index_add_(0, source_ids.flatten().clamp(min=0), sums)  # padding has no weight
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
