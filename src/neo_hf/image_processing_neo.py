@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import get_session
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
@@ -183,7 +183,7 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
         ValueError: if they are not real numbers, not finite or out of range; quotes dtype and range.
     """
     if pixels.dtype == np.uint8 or not pixels.size:
-        return pixels.astype(np.uint8)
+        return pixels.astype(np.uint8, copy=False)
     if pixels.dtype == bool:
         return pixels * np.uint8(255)
     if not np.issubdtype(pixels.dtype, np.integer) and not np.issubdtype(pixels.dtype, np.floating):
@@ -218,12 +218,17 @@ def load_image(source: str | os.PathLike | bytes) -> Image.Image:
         if isinstance(file, str) and len(file) >= 200 and not os.path.exists(file):  # no image is shorter in base64
             file = io.BytesIO(base64.b64decode(file))
         with Image.open(file) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
+            return _upright(image)
     except Exception as error:  # Pillow's decoders raise errors of all types
         raise ValueError(
             f"Cannot read the image {describe_source(source)}: {type(error).__name__}: {error}"
         ) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """An image turned as its EXIF orientation says; if that is nothing to do, the image itself, not a copy."""
+    image.load()
+    return ImageOps.exif_transpose(image) if image.getexif().get(ExifTags.Base.Orientation, 1) != 1 else image
 
 
 class NeoImageProcessor(PilBackend):
@@ -271,7 +276,7 @@ class NeoImageProcessor(PilBackend):
         if isinstance(images, (str, bytes, os.PathLike)):
             return load_image(images)
         if isinstance(images, Image.Image):
-            return ImageOps.exif_transpose(images)
+            return _upright(images)
         if getattr(images, "ndim", 0) == 2:  # gray
             return images[..., None]
         return super().fetch_images(images)
@@ -327,7 +332,7 @@ class NeoImageProcessor(PilBackend):
                 white = Image.new("RGB", image.size, (255, 255, 255))
                 white.paste(image, mask=image.getchannel("A"))
                 image = white
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
     def _validate_preprocess_kwargs(self, **kwargs):
         self._check_settings(kwargs)
@@ -373,30 +378,38 @@ class NeoImageProcessor(PilBackend):
         **kwargs,
     ) -> BatchFeature:
         factor = patch_size * spatial_merge_size
-        patches, grids = [], []
+        resized, grids = [], []
         for image, budget in zip(images, max_pixels, strict=True):
             if do_rescale or not np.issubdtype(image.dtype, np.floating):
                 image = to_uint8(image)
             height, width = image.shape[1:]
             if do_resize:
                 height, width = smart_resize(height, width, factor, min_pixels, budget)
-                image = self.resize(image, SizeDict(height=height, width=width), resample)
+                if image.dtype != np.uint8 or image.shape[1:] != (height, width):
+                    image = self.resize(image, SizeDict(height=height, width=width), resample)
             elif height % factor or width % factor or not height * width:
                 raise ValueError(
                     f"Without do_resize, the sides of an image must be positive multiples of {factor} pixels, got "
                     f"{height}x{width} (height x width)."
                 )
-            image = image.astype(np.float32)
-            if do_rescale:
-                image = image / np.float32(1 / rescale_factor)  # bit-exact division by 255
-            if do_normalize:
-                mean, std = (np.array(x, dtype=np.float32).reshape(-1, 1, 1) for x in (image_mean, image_std))
-                image = (image - mean) / std
-            rows, columns = height // patch_size, width // patch_size
-            image = image.reshape(-1, rows, patch_size, columns, patch_size).transpose(1, 3, 0, 2, 4)
-            patches.append(image.reshape(rows * columns, -1))
-            grids.append((rows, columns))
-        data = {"pixel_values": np.concatenate(patches), "image_grid_hw": np.array(grids, dtype=np.int64)}
+            resized.append(image)
+            grids.append((height // patch_size, width // patch_size))
+        counts = [rows * columns for rows, columns in grids]
+        patches = np.empty((sum(counts), resized[0].shape[0], patch_size, patch_size), dtype=np.float32)
+        for part, image, grid in zip(np.split(patches, np.cumsum(counts)[:-1]), resized, grids, strict=True):
+            cut = image.reshape(-1, grid[0], patch_size, grid[1], patch_size)
+            part.reshape(*grid, *part.shape[1:])[:] = cut.transpose(1, 3, 0, 2, 4)
+        # In place, since patches are large; in this order and in float32, bit-exact.
+        if do_rescale and rescale_factor != 1:
+            patches /= np.float32(1 / rescale_factor)
+        if do_normalize:
+            mean, std = (np.array(x, dtype=np.float32).reshape(-1, 1, 1) for x in (image_mean, image_std))
+            patches -= mean
+            patches /= std
+        data = {
+            "pixel_values": patches.reshape(len(patches), -1),
+            "image_grid_hw": np.array(grids, dtype=np.int64),
+        }
         return BatchFeature(data, tensor_type=return_tensors)
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
