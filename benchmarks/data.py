@@ -9,8 +9,9 @@ that takes; then the same from the state after a million records. The records ar
 disk.
 
 Images: samples per second of CPU time, from JPEG bytes to uint8 and to float32 patches, relative to decoding the JPEG
-alone. They are crops of photographs, enlarged. Those of 1,000 x 1,000 pixels are resized, to multiples of 32; the others
-have such sides. The state that comes along with each batch is timed with a packing buffer full of images of 1,024 x 1,024.
+alone. They are crops of photographs, enlarged. Those of 1,000 x 1,000 pixels are resized, to multiples of 32; the
+others have such sides. The state that comes along with each batch is timed with a packing buffer full of images of
+1,024 x 1,024.
 """
 
 import argparse

@@ -174,7 +174,8 @@ class SkipOnLossSpike(_LossSpikes, TrainerCallback, ExportableState):
         assert model is not None
         if args.deepspeed:
             raise ValueError("SkipOnLossSpike cannot skip a step of DeepSpeed, whose engine updates weights itself.")
-        vars(self).update(state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"])
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
+        self.losses, self.num_skipped_in_row = saved["losses"], saved["num_skipped_in_row"]
         self._hook = model.register_forward_hook(self._add_loss)
 
     def on_train_end(self, args, state, control, **kwargs):

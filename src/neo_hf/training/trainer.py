@@ -246,8 +246,7 @@ class NeoTrainer(Trainer):
         return [name for name in names if not re.search(r"_norm_[hw]\.", name)]
 
     def save_model(self, output_dir=None, _internal_call=False):
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if not self.is_fsdp_enabled or "SHARDED" not in str(plugin.state_dict_type):
+        if not self.is_fsdp_enabled or "SHARDED" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
             return super().save_model(output_dir, _internal_call)
         # `Trainer` then saves neither configuration nor processor, and no weights at the end.
         output_dir = output_dir or self.args.output_dir
