@@ -183,7 +183,7 @@ class SkipOnLossSpike(_LossSpikes, TrainerCallback, ExportableState):
 
     def _add_loss(self, model, args, output):
         if model.training:
-            self._loss = self._loss + output["loss"].detach()
+            self._loss = self._loss + output["loss"].detach().float()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         assert model is not None
