@@ -190,6 +190,7 @@ def test_sharded_checkpoints(alone, data, tmp_path):
         assert torch.equal(resumed[name], tensor), name
     convert_raw_to_hub(checkpoint, tmp_path / "converted")
     converted = load_file(tmp_path / "converted" / "model.safetensors")
+    assert torch.equal(converted.pop("lm_head.weight"), converted["model.language_model.embed_tokens.weight"])  # tied
     assert converted.keys() == weights.keys()
     differences = [(converted[name] - weights[name]).abs().max() for name in weights]
     assert 0 < max(differences) < 0.1  # a step later
