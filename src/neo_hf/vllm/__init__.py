@@ -23,6 +23,6 @@ def register():
     MODEL_ARCH_CONFIG_CONVERTORS[NeoConfig.model_type] = NeoArchitecture
     MODELS_CONFIG_MAP[ARCHITECTURE] = NeoSettings
     TokenizerRegistry.tokenizers[TOKENIZER_MODE] = ("neo_hf.vllm.tokenization", "NeoTokenizer")
-    RENDERER_REGISTRY.renderers[TOKENIZER_MODE] = RENDERER_REGISTRY.renderers["hf"]
+    RENDERER_REGISTRY.renderers[TOKENIZER_MODE] = ("neo_hf.vllm.tokenization", "NeoRenderer")
     # By name, since vLLM inspects model classes in a process of its own.
     ModelRegistry.register_model(ARCHITECTURE, "neo_hf.vllm.modeling:NeoForVllm")

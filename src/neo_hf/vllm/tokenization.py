@@ -1,13 +1,19 @@
 """Chats as token ids in vLLM, by `NeoProcessor`: what people write holds no control tokens and no placeholders."""
 
+from ..image_processing_neo import NeoImageProcessorKwargs
 from ..loading import load_processor
-from ..processing_neo import NeoProcessor
+from ..processing_neo import NeoProcessor, NeoVideosKwargs
 
 import copy
 from functools import cache
 from pathlib import Path
 
+from vllm.renderers.hf import HfRenderer
+from vllm.renderers.params import ChatParams
 from vllm.tokenizers.hf import HfTokenizer, get_cached_tokenizer
+
+# What the processor can be told for one request.
+SETTINGS = NeoImageProcessorKwargs.__annotations__.keys() | NeoVideosKwargs.__annotations__.keys()
 
 
 @cache
@@ -41,3 +47,27 @@ class NeoTokenizer:
 
         tokenizer.__class__ = NeoChatTokenizer
         return get_cached_tokenizer(tokenizer)
+
+
+class NeoRenderer(HfRenderer):
+    """Refuses settings of the processor where `transformers serve` has them: vLLM would ignore them without a word."""
+
+    def render_messages(self, messages: list, params: ChatParams):
+        _check_settings(params)
+        return super().render_messages(messages, params)
+
+    async def render_messages_async(self, messages: list, params: ChatParams):
+        _check_settings(params)
+        return await super().render_messages_async(messages, params)
+
+
+def _check_settings(params: ChatParams):
+    """
+    Raises:
+        ValueError: settings of the processor are among the arguments of the chat template.
+    """
+    if misplaced := sorted(SETTINGS & params.chat_template_kwargs.keys()):
+        raise ValueError(
+            f"chat_template_kwargs have {', '.join(misplaced)}, which vLLM takes in mm_processor_kwargs, if the server "
+            "is started with --trust-request-mm-kwargs."
+        )
