@@ -4,10 +4,10 @@ Speed of NEO compared with its own eager path, with Qwen3-VL and with the machin
     python benchmarks/speed.py [--dtype bfloat16] [--append benchmarks/RESULTS.md]
 
 Random weights, a tenth of each model's depth (NEO-2B: 4 of 40 layers; Qwen3-VL-2B: 3 of 28 layers, 2 of 24 in its
-vision encoder and 1 of 3 DeepStack taps), by default float32 on a CPU and bfloat16 on CUDA. Candidates alternate within
-a round, and figures are medians. Both models turn 32 x 32 pixels into one token. Peak memory is measured in separate processes.
-`--append` adds the results to a file and writes a plot beside it. `--tiny` is a smoke test on a narrow model and short
-prompts.
+vision encoder and 1 of 3 DeepStack taps), by default float32 on a CPU and bfloat16 on CUDA. Candidates alternate
+within a round, and figures are medians. Both models turn 32 x 32 pixels into one token. Peak memory is measured in
+separate processes. `--append` adds the results to a file and writes a plot beside it. `--tiny` is a smoke test on a
+narrow model and short prompts.
 """
 
 import argparse

@@ -344,8 +344,8 @@ class TiledAttention(torch.autograd.Function):
     Attention of each tile as two matrix products around a softmax. No L x S tensor is stored: the backward pass
     recomputes each tile's weights.
 
-    Scores, softmax and the backward pass are float32 or wider. Weights meet bfloat16 values in bfloat16, as in SDPA and
-    FlashAttention, which CPUs multiply twice as fast; float16 values are widened, since CPUs multiply them slowly.
+    Scores, softmax and the backward pass are float32 or wider. Weights are rounded to meet bfloat16 values, as in SDPA
+    and FlashAttention, since this product is twice as fast; float16 values are widened: CPUs multiply them slowly.
     """
 
     @staticmethod

@@ -130,7 +130,8 @@ def test_same_logits_and_gradients(batch, packed, tile_size):
 @pytest.mark.parametrize("sharpness", [0.5, 4.0])
 def test_accuracy_in_bfloat16(sharpness):
     """
-    About that of SDPA, which leaves the largest weight of a query exact; with scores in bfloat16 it would be a quarter.
+    About that of SDPA, which leaves the largest weight of a query exact; in scores of bfloat16 it would be four times
+    as large.
     """
     generator = torch.Generator().manual_seed(0)
     places = torch.arange(700)[None] % 120  # 14 tokens of text, an image of 106, and so on
