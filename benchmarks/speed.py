@@ -1,13 +1,13 @@
 """
 Speed of NEO compared with its own eager path, with Qwen3-VL and with the machine's rate of matrix products.
 
-    python benchmarks/speed.py [--append benchmarks/RESULTS.md]
+    python benchmarks/speed.py [--dtype bfloat16] [--append benchmarks/RESULTS.md]
 
 Random weights, a tenth of each model's depth (NEO-2B: 4 of 40 layers; Qwen3-VL-2B: 3 of 28 layers, 2 of 24 in its
-vision encoder and 1 of 3 DeepStack taps), float32 on a CPU and bfloat16 on CUDA. Candidates alternate within a round,
-and figures are medians. Both models turn 32 x 32 pixels into one token. Peak memory is measured in separate processes.
-`--append` adds the results to a file and writes a plot beside it. `--tiny` is a smoke test on a narrow model and short
-prompts.
+vision encoder and 1 of 3 DeepStack taps), by default float32 on a CPU and bfloat16 on CUDA. Candidates alternate
+within a round, and figures are medians. Both models turn 32 x 32 pixels into one token. Peak memory is measured in
+separate processes. `--append` adds the results to a file and writes a plot beside it. `--tiny` is a smoke test on a
+narrow model and short prompts.
 """
 
 import argparse
@@ -198,36 +198,58 @@ def measure_prefill(tiny):
     return results
 
 
+def fill(cache, config, width, length):
+    """Random keys, `width` wide, and values of `length` tokens in each layer."""
+    for layer in range(config.num_hidden_layers):
+        shape = (1, config.num_key_value_heads, length)
+        keys = torch.randn(*shape, width, device=DEVICE, dtype=DTYPE)
+        cache.update(keys, torch.randn(*shape, config.head_dim, device=DEVICE, dtype=DTYPE), layer)
+    return cache
+
+
+def decode_steps(model, cache, steps, axes=3):
+    """The cache grows: cropping it would make the next step copy it."""
+    token = torch.tensor([[9]], device=DEVICE)
+    for _ in range(steps):
+        position_ids = torch.zeros(axes, 1, 1, dtype=torch.long, device=DEVICE)
+        position_ids[0] = cache.get_seq_length()
+        model(input_ids=token, past_key_values=cache, position_ids=position_ids)
+
+
+@torch.no_grad()
+def measure_growth(tiny, steps=10):
+    """
+    Seconds of a decoding step of the layers alone (a vocabulary of 1,024), by number of threads and of cached tokens.
+    """
+    model = build_neo(4, tiny=tiny, vocab_size=1024)
+    config, all_threads = model.config.text_config, torch.get_num_threads()
+    results = {}
+    for threads in sorted({1, all_threads}):
+        torch.set_num_threads(threads)
+        caches = {length: fill(NeoCache(config), config, config.qk_head_dim, length) for length in (256, 4096)}
+        functions = {n: lambda cache=cache: decode_steps(model, cache, steps) for n, cache in caches.items()}
+        results[threads] = {length: seconds / steps for length, seconds in medians(functions, 5).items()}
+    return results
+
+
 @torch.no_grad()
 def measure_decoding(tiny, steps=10):
     """Seconds of a decoding step, by number of cached tokens."""
     neo, qwen = build_neo(4, tiny=tiny), build_qwen(tiny)
-    token = torch.tensor([[9]], device=DEVICE)
     results = {}
     for length in (256, 4096):
 
-        def fill(cache, config, width, length=length):
-            for layer in range(config.num_hidden_layers):
-                shape = (1, config.num_key_value_heads, length)
-                keys = torch.randn(*shape, width, device=DEVICE, dtype=DTYPE)
-                cache.update(keys, torch.randn(*shape, config.head_dim, device=DEVICE, dtype=DTYPE), layer)
-            return cache
-
-        def decode(model, cache, implementation, axes, length=length):
+        def decode(model, cache, implementation, axes):
             def run():
                 model.set_attn_implementation(implementation)
-                for step in range(steps):
-                    position_ids = torch.zeros(axes, 1, 1, dtype=torch.long, device=DEVICE)
-                    position_ids[0] = length + step
-                    model(input_ids=token, past_key_values=cache, position_ids=position_ids)
-                cache.crop(-steps)
+                decode_steps(model, cache, steps, axes)
 
             return run
 
         config, peer = neo.config.text_config, qwen.config.text_config
-        caches = {name: fill(NeoCache(config), config, config.qk_head_dim) for name in ("neo", "eager")}
+        caches = {name: fill(NeoCache(config), config, config.qk_head_dim, length) for name in ("neo", "eager")}
         functions = {name: decode(neo, cache, name, 3) for name, cache in caches.items()}
-        cache = fill(DynamicCache(config=peer), peer, peer.head_dim)
+        cache = fill(DynamicCache(config=peer), peer, peer.head_dim, length)
         functions["qwen"] = decode(qwen, cache, "sdpa", 3)
         results[length] = {name: seconds / steps for name, seconds in medians(functions, 5).items()}
     return results
@@ -315,11 +337,16 @@ def measure_memory_here(kind, images, layers, width, tiny):
 def measure_memory(kind, images, layers=4, width=WIDTHS, tiny=False):
     """`measure_memory_here` in its own process; `None` if the system does not report memory."""
     specification = json.dumps([kind, images, layers, width, tiny])
-    run = subprocess.run([sys.executable, __file__, "--memory", specification], capture_output=True, text=True)
+    command = [sys.executable, __file__, "--dtype", dtype_name(), "--memory", specification]
+    run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         print(run.stderr[-500:], file=sys.stderr)
         return None
     return float(run.stdout.split()[-1])
+
+
+def dtype_name():
+    return str(DTYPE).removeprefix("torch.")
 
 
 def ratio(x, y):
@@ -374,6 +401,13 @@ def report(results):
     rows.append(["ratio", *(ratio(long[x], short[x]) for x in ("neo", "eager", "qwen")), ""])
     parts.append(table(["cached tokens", "NEO", "eager", "Qwen3-VL", "NEO / eager"], rows))
 
+    parts.append("A decoding step of the layers alone, by cached tokens:\n")
+    rows = [
+        [threads, *(f"{1e3 * seconds:.1f} ms" for seconds in r.values()), ratio(*reversed(r.values()))]
+        for threads, r in results["growth"].items()
+    ]
+    parts.append(table(["threads", "256", "4,096", "ratio"], rows))
+
     parts.append("Patch embedding, share of the rate of matrix products:\n")
     rows = [[n, f"{1e3 * r['seconds']:.0f} ms", f"{r['share']:.2f}"] for n, r in results["patch embedding"].items()]
     parts.append(table(["images", "time", "share"], rows))
@@ -418,9 +452,13 @@ def plot(results, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--append", type=Path, help="file that the results are added to")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=dtype_name(), help="of all models")
     parser.add_argument("--tiny", action="store_true", help="see that it runs")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    global DTYPE
+    options = "" if arguments.dtype == dtype_name() else f" --dtype {arguments.dtype}"
+    DTYPE = getattr(torch, arguments.dtype)
     if arguments.memory:
         print(measure_memory_here(*json.loads(arguments.memory)))
         return
@@ -431,6 +469,7 @@ def main():
         "first token": lambda: measure_first_token(tiny),
         "prefill": lambda: measure_prefill(tiny),
         "decoding": lambda: measure_decoding(tiny),
+        "growth": lambda: measure_growth(tiny),
         "patch embedding": lambda: measure_patch_embedding(tiny),
         "training": lambda: measure_training(tiny),
         "memory": lambda: {
@@ -447,11 +486,11 @@ def main():
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     date = datetime.date.today().isoformat()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    text = f"## {date}, {device}\n\n{platform.machine()}, {str(DTYPE).removeprefix('torch.')}, {versions}.\n\n"
-    text += f"### Speed (`speed.py`)\n\n{report(results)}"
+    text = f"## {date}, {device}\n\n{platform.machine()}, {dtype_name()}, {versions}.\n\n"
+    text += f"### Speed (`speed.py{options}`)\n\n{report(results)}"
     print(text)
     if arguments.append:
-        image = arguments.append.with_name(f"speed-{date}-{DEVICE}.png")
+        image = arguments.append.with_name(f"speed-{date}-{DEVICE}-{dtype_name()}.png")
         plot(results, image)
         with arguments.append.open("a") as file:
             file.write(f"\n{text}\n![Prefill, time to first token, decoding]({image.name})\n")

@@ -341,8 +341,11 @@ def find_key_runs(
 
 class TiledAttention(torch.autograd.Function):
     """
-    Attention of each tile as two matrix products around a softmax, in float32 or wider. No L x S tensor is stored: the
-    backward pass recomputes each tile's weights.
+    Attention of each tile as two matrix products around a softmax. No L x S tensor is stored: the backward pass
+    recomputes each tile's weights.
+
+    Scores, softmax and the backward pass are float32 or wider. Weights are rounded to meet bfloat16 values, as in SDPA
+    and FlashAttention, since this product is twice as fast; float16 values are widened: CPUs multiply them slowly.
     """
 
     @staticmethod
@@ -353,9 +356,11 @@ class TiledAttention(torch.autograd.Function):
         ctx.runs, ctx.scale = runs, scale
         output = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
         grouped_query, grouped_output = (_grouped(x, key) for x in (query, output.transpose(1, 2)))
+        scores = _scores_of_largest_tile(runs, grouped_query)
         for new, seen, hidden in _tiles_of_heads(runs, key.shape[1]):
-            weights = _weights(_widen(grouped_query[new]), _widen(key[seen]), scale, hidden)
-            grouped_output[new] = (weights @ _widen(value[seen])).view(grouped_output[new].shape)
+            weights = _weights(_widen(grouped_query[new]), _widen(key[seen]), scale, hidden, scores)
+            values = value[seen] if value.dtype == torch.bfloat16 else _widen(value[seen])
+            grouped_output[new] = (weights.to(values.dtype) @ values).view(grouped_output[new].shape)
         return output
 
     @staticmethod
@@ -367,9 +372,10 @@ class TiledAttention(torch.autograd.Function):
         grads = [torch.zeros_like(_widen(x), memory_format=torch.contiguous_format) for x in inputs]
         grad_query, grad_key, grad_value = _grouped(grads[0], key), *grads[1:]
         grouped_query, grad_output = (_grouped(x, key) for x in (query, grad_output.transpose(1, 2)))
+        scores = _scores_of_largest_tile(ctx.runs, grouped_query)
         for new, seen, hidden in _tiles_of_heads(ctx.runs, key.shape[1]):
             q, k, v, grad = (_widen(x) for x in (grouped_query[new], key[seen], value[seen], grad_output[new]))
-            weights = _weights(q, k, ctx.scale, hidden)
+            weights = _weights(q, k, ctx.scale, hidden, scores)
             grad = grad.flatten(0, 1)
             grad_value[seen].addmm_(weights.T, grad)
             grad_scores = torch._softmax_backward_data(grad @ v.T, weights, -1, weights.dtype)
@@ -394,11 +400,26 @@ def _tiles_of_heads(runs: KeyRuns, heads: int):
             yield (row, head, slice(None), slice(start, end)), (row, head, slice(first, last)), hidden
 
 
-def _weights(query: torch.Tensor, key: torch.Tensor, scale: float, hidden: torch.Tensor | None) -> torch.Tensor:
-    """query (G, n, D), key (m, D), hidden (n, h) for the last h keys -> attention weights (G * n, m)."""
-    scores = (query.flatten(0, 1) * scale) @ key.T
+def _scores_of_largest_tile(runs: KeyRuns, grouped_query: torch.Tensor) -> torch.Tensor:
+    """
+    Memory for the scores of any tile. The allocator would give the scores of a long prompt back to the system after
+    each tile, and every page of them would be cleared again for the next.
+    """
+    size = max(((end - start) * (last - first) for _, start, end, first, last, _ in runs.tiles), default=0)
+    return _widen(grouped_query.new_empty(0)).new_empty(grouped_query.shape[2] * size)
+
+
+def _weights(
+    query: torch.Tensor, key: torch.Tensor, scale: float, hidden: torch.Tensor | None, memory: torch.Tensor
+) -> torch.Tensor:
+    """
+    query (G, n, D), key (m, D), hidden (n, h) for the last h keys -> attention weights (G * n, m), a view of `memory`.
+    """
+    query = query.flatten(0, 1) * scale
+    scores = memory[: len(query) * len(key)].view(len(query), len(key))
+    torch.mm(query, key.T, out=scores)
     if hidden is not None:
-        last = scores.view(*query.shape[:2], -1)[..., -hidden.shape[1] :]
+        last = scores.view(-1, *hidden.shape[:1], len(key))[..., -hidden.shape[1] :]
         last.masked_fill_(hidden, -torch.inf)
     return torch.softmax(scores, -1, out=scores)
 
@@ -458,14 +479,40 @@ def attend_one_query(module, query, key, value, attention_mask: torch.Tensor | N
     A single query, with an attention mask (B, 1, 1, S), True where seen. Reads keys and values once and in place; SDPA
     on a CPU first scales, widens and repeats them.
     """
-    query = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # (B, K, A / K, D)
-    # In this order CPUs read the keys in sequence: three times as fast as the product of queries and transposed keys.
-    scores = (key @ (query * scaling).transpose(2, 3)).transpose(2, 3)
+    query = query.unflatten(1, (key.shape[1], -1)).squeeze(3) * scaling  # (B, K, A / K, D)
+    keeps_graph = torch.is_grad_enabled() or is_tracing(value)
+    if query.dtype == torch.bfloat16 and not keeps_graph:
+        # Head by head: the product of batches would copy a cache that has room to grow.
+        heads = zip(query.flatten(0, 1), key.flatten(0, 1), strict=True)
+        scores = torch.stack([q @ k.T for q, k in heads]).view(*query.shape[:3], -1)
+    else:
+        # In this order CPUs read the keys in sequence: three times as fast as queries times transposed keys.
+        scores = (key @ query.transpose(2, 3)).transpose(2, 3)
     if attention_mask is not None:
         # Finite: a padded row that sees no key yet would give NaN and leave NaN in the cache.
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    return (weights @ value).flatten(1, 2)[:, None], None
+    output = weights @ value if keeps_graph else _weighted_sums(weights, value)
+    return output.flatten(1, 2)[:, None], None
+
+
+def _weighted_sums(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """
+    weights (B, K, G, S), value (B, K, S, V) -> weights @ value (B, K, G, V), as an embedding bag: its kernel reads the
+    rows of a table in sequence, where a product with so few weights per value runs at a third of the memory's rate.
+    """
+    width = value.shape[-1]
+    if value.stride(-1) != 1 or any(stride % width for stride in value.stride()[:-1]):
+        value = value.contiguous()
+    # A cache with room to grow is a table as it is: of all rows between its first and its last.
+    sizes, strides = value.shape[:-1], [stride // width for stride in value.stride()[:-1]]
+    num_rows = 1 + sum(stride * (size - 1) for stride, size in zip(strides, sizes, strict=True))
+    table = value.as_strided((num_rows, width), (width, 1))
+    row, head, place = (stride * torch.arange(size) for stride, size in zip(strides, sizes, strict=True))
+    place = row[:, None, None, None] + head[:, None, None] + place  # (B, K, 1, S)
+    bags = place.expand_as(weights).reshape(-1, weights.shape[-1])
+    sums = F.embedding_bag(bags, table, mode="sum", per_sample_weights=weights.reshape(bags.shape))
+    return sums.view(*weights.shape[:3], width)
 
 
 def attend_by_sdpa(module, query, key, value, attention_mask: torch.Tensor | None, scaling: float, **kwargs):

@@ -8,8 +8,10 @@ from .raw import RAW_MODEL_TYPE
 from .tokenization import add_neo_tokens, load_tokenizer
 
 import os
+import platform
 from pathlib import Path
 
+import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
 from transformers import PreTrainedConfig
 
@@ -75,6 +77,25 @@ def load_processor(name_or_path: str | os.PathLike) -> NeoProcessor:
         raise ValueError(f"{name_or_path} needs a tokenizer: tokenizer.json, or vocab.json and merges.txt.")
     add_neo_tokens(tokenizer)
     return NeoProcessor(load_image_processor(name_or_path), tokenizer)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 matrices, and torch uses them."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported()  # CPUs with AMX have it too
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def choose_dtype(config: NeoConfig, device: str) -> torch.dtype | None:
+    """
+    The dtype to run a checkpoint in on a device, "cuda" or "cpu"; `None` as it is stored. CPUs multiply float16, and
+    bfloat16 if they have no instructions for it, many times slower than float32.
+    """
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    is_half = config.dtype in (torch.float16, torch.bfloat16)
+    if device != "cpu" or is_quantized or not is_half or (config.dtype == torch.bfloat16 and multiplies_bfloat16()):
+        return config.dtype
+    return torch.float32
 
 
 def load_model_and_processor(

@@ -151,10 +151,12 @@ def web(
 
 @app.command()
 def info(model_name: Model, image: Images = []):  # noqa: B006
-    """Describe a model: its sizes, its parameters by part, and the visual tokens of images."""
+    """Describe a model: sizes, parameters by part, memory, dtype on this machine, and the visual tokens of images."""
+    import torch
+
     from neo_hf import NeoConfig
     from neo_hf.image_processing_neo import load_image
-    from neo_hf.loading import load_image_processor
+    from neo_hf.loading import choose_dtype, load_image_processor
     from neo_hf.publishing.model_card import count_parameters
 
     processor = load_image_processor(model_name)
@@ -169,14 +171,23 @@ def info(model_name: Model, image: Images = []):  # noqa: B006
         f"{text.head_dim} channels for values and 2 x {text.head_dim} for queries and keys"
     )
     print(f"vocabulary        {text.vocab_size}, head {'tied' if config.tie_word_embeddings else 'untied'}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     counts = count_parameters(config)
+    cached = 3 * text.head_dim * text.num_key_value_heads * text.num_hidden_layers  # keys are twice as wide as values
     names = {"layers": "layers (pre-Buffer depth unknown)"}
     if (depth := text.num_pre_buffer_layers) is not None:
         names["pre_buffer"] = f"pre-Buffer, layers 0 to {depth - 1}"
         names["post_llm"] = f"post-LLM, layers {depth} to {text.num_hidden_layers - 1}"
-    print(f"parameters        {counts.pop('total'):,}")
+    num_parameters = counts.pop("total")
+    print(f"parameters        {num_parameters:,}")
     for name, count in counts.items():
         print(f"  {names.get(name, name.replace('_', ' ')):<34} {count:>15,}")
+    for dtype in (torch.float32, torch.bfloat16):
+        weights, token = num_parameters * dtype.itemsize / 1e6, cached * dtype.itemsize / 1e3
+        print(f"memory            {weights:,.0f} MB of weights and {token:.1f} kB per token in the cache, in {dtype}")
+    dtype = choose_dtype(config, device)
+    reason = "" if dtype == config.dtype else f", since this CPU has no fast products of {config.dtype}"
+    print(f"runs here in      {dtype or 'the dtype of its weights'}, on {device}{reason}")
     side = vision.patch_size * vision.spatial_merge_size
     budget = f"{processor.min_pixels:,} to {processor.max_pixels:,} pixels"
     print(f"images            {budget}, {side} x {side} per visual token")

@@ -2,16 +2,19 @@
 
 import torch
 
-from neo_hf import NeoForConditionalGeneration, NeoProcessor
+from neo_hf import NeoConfig, NeoForConditionalGeneration, NeoProcessor
 from neo_hf.image_processing_neo import load_image
-from neo_hf.loading import load_model_and_processor
+from neo_hf.loading import check_available, choose_dtype, load_model_and_processor
 from neo_hf.video_processing_neo import open_video
 
 
 def load(model_name: str) -> tuple[NeoForConditionalGeneration, NeoProcessor]:
-    """Model and processor, on the GPU if there is one."""
-    model, processor = load_model_and_processor(model_name)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    """Model and processor, on the GPU if there is one, in the dtype that suits the device."""
+    check_available(model_name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = choose_dtype(NeoConfig.from_pretrained(model_name), device)
+    model, processor = load_model_and_processor(model_name, dtype=dtype or "auto")
+    return model.to(device), processor
 
 
 def image_part(file: str) -> dict:

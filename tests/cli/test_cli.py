@@ -1,3 +1,4 @@
+import copy
 import io
 import os
 import subprocess
@@ -10,10 +11,11 @@ import pytest
 import torch
 from helpers import GOLDEN, image_message
 
-from neo_hf import __version__
+from neo_hf import __version__, loading
+from neo_hf.cache_neo import CACHE_NAME
 from neo_hf.image_processing_neo import load_image
 from neo_hf.loading import load_model_and_processor
-from neo_hf_cli import main
+from neo_hf_cli import main, prompts
 from neo_hf_cli.conversation import Conversation
 
 IMAGE = str(GOLDEN / "preprocess" / "images" / "00_RGB_300x200.png")
@@ -136,6 +138,12 @@ def test_answers_without_torch(argv):
     assert "AssertionError" not in run.stderr
 
 
+def cached_layers(model):
+    """Keys and values of a token in all layers."""
+    cache = model(input_ids=torch.tensor([[9]]), use_cache=True)[CACHE_NAME]
+    return [x for layer in cache.layers for x in (layer.keys, layer.values)]
+
+
 def test_info(folder, capsys):
     assert run("info", folder, "--image", IMAGE) == 0
     out = capsys.readouterr().out
@@ -144,7 +152,33 @@ def test_info(folder, capsys):
     assert "pre-Buffer, layers 0 to 0" in out
     assert "post-LLM, layers 1 to 2" in out
     assert "4,096 to 65,536 pixels, 32 x 32 per visual token" in out
+    cache = sum(x.shape[1] * x.shape[3] for x in cached_layers(model)) * 4 / 1e3
+    assert f"{cache:.1f} kB per token in the cache, in torch.float32" in out
     assert "200 x 300 pixels (height x width), seen as 192 x 288: 54 visual tokens" in out
+
+
+@pytest.mark.parametrize(
+    ("stored", "has_instructions", "expected"),
+    [
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.bfloat16, False, torch.float32),
+        (torch.float16, True, torch.float32),
+    ],
+)
+def test_dtype_on_a_cpu(
+    stored, has_instructions, expected, real_vocabulary_model, processor, tmp_path, monkeypatch, capsys
+):
+    """What is slow on a CPU runs in float32, and `info` says so."""
+    monkeypatch.setattr(loading, "multiplies_bfloat16", lambda: has_instructions)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    copy.deepcopy(real_vocabulary_model).to(stored).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    found, _ = prompts.load(str(tmp_path))
+    assert found.dtype == expected
+    assert run("info", str(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert f"runs here in      {expected}" in out
+    assert ("no fast products of" in out) == (stored != expected)
 
 
 def test_info_of_a_raw_checkpoint(capsys):

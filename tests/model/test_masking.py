@@ -14,7 +14,14 @@ from transformers import DynamicCache, StaticCache
 from transformers.integrations.flex_attention import flex_attention_forward
 
 from neo_hf import allocate_position_ids, attention_neo
-from neo_hf.attention_neo import KeyRuns, find_key_runs, plan_attention
+from neo_hf.attention_neo import (
+    KeyRuns,
+    TiledAttention,
+    attend_by_sdpa,
+    attend_one_query,
+    find_key_runs,
+    plan_attention,
+)
 
 
 @st.composite
@@ -118,6 +125,53 @@ def test_same_logits_and_gradients(batch, packed, tile_size):
                     continue
                 scale = max(1, expected[name].abs().max().item())
                 torch.testing.assert_close(found / scale, expected[name] / scale, rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 4.0])
+def test_accuracy_in_bfloat16(sharpness):
+    """
+    About that of SDPA, which leaves the largest weight of a query exact; in scores of bfloat16 it would be four times
+    as large.
+    """
+    generator = torch.Generator().manual_seed(0)
+    places = torch.arange(700)[None] % 120  # 14 tokens of text, an image of 106, and so on
+    runs = find_key_runs(torch.stack([torch.where(places == 14, 1, (places < 14).long()).cumsum(-1)] * 3))
+    shapes = ((4, 64), (2, 64), (2, 32))
+    query, key, value = (torch.randn(1, n, 700, d, generator=generator).bfloat16() for n, d in shapes)
+    query, scale = query * sharpness, 32**-0.5
+
+    def error(output):
+        return (output.double() - exact).square().mean().sqrt()
+
+    exact = TiledAttention.apply(query.double(), key.double(), value.double(), runs, scale)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    sdpa, _ = attend_by_sdpa(module, query, key, value, runs.dense(), scaling=scale)
+    assert error(TiledAttention.apply(query, key, value, runs, scale)) < 1.4 * error(sdpa)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["with room to grow", "transposed", "rows of no whole width"])
+@torch.no_grad()
+def test_one_query(layout, dtype):
+    """Keys and values are read where they are, whatever their layout."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(3, *shape, generator=generator) for shape in ((4, 1, 8), (2, 9, 8), (2, 9, 4)))
+    seen = torch.ones(3, 1, 1, 9, dtype=torch.bool)
+    seen[1, ..., :4] = False
+    weights = torch.softmax((query * 0.5 @ key.repeat_interleave(2, 1).mT).masked_fill(~seen, -torch.inf), -1)
+    expected = (weights @ value.repeat_interleave(2, 1)).transpose(1, 2)
+
+    def lay_out(x):
+        if layout == "transposed":
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        padding = (0, 0, 0, 5) if layout == "with room to grow" else (0, 3)
+        return F.pad(x, padding, value=torch.nan)[:, :, : x.shape[2], : x.shape[3]]
+
+    query, key, value = query.to(dtype), lay_out(key.to(dtype)), lay_out(value.to(dtype))
+    found, _ = attend_one_query(None, query, key, value, seen, scaling=0.5)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=tolerance)
 
 
 def test_padding_in_the_middle_of_a_row(model):
