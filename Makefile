@@ -95,6 +95,7 @@ docs: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/speed.py --append benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/cpu.py --append benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/conversion.py

@@ -39,7 +39,7 @@ TINY = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, 
 NARROW = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-def build_neo(layers, implementation="neo", tiny=False, **text_config):
+def build_neo(layers, implementation="neo", tiny=False, dtype=DTYPE, **text_config):
     torch.manual_seed(0)
     text_config = {"num_hidden_layers": layers, "num_pre_buffer_layers": 0} | (TINY if tiny else WIDTHS) | text_config
     config = NeoConfig(
@@ -49,11 +49,11 @@ def build_neo(layers, implementation="neo", tiny=False, **text_config):
         image_start_token_id=START,
         image_end_token_id=END,
     )
-    model = NeoForConditionalGeneration._from_config(config, dtype=DTYPE, attn_implementation=implementation)
+    model = NeoForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=implementation)
     return model.eval().to(DEVICE)
 
 
-def build_qwen(tiny=False, layers=3, vision_layers=2, taps=(0,)):
+def build_qwen(tiny=False, layers=3, vision_layers=2, taps=(0,), dtype=DTYPE):
     torch.manual_seed(0)
     text_config = {"num_hidden_layers": layers, "head_dim": 128, "vocab_size": 151_936} | (TINY if tiny else WIDTHS)
     vision_config = {
@@ -72,7 +72,7 @@ def build_qwen(tiny=False, layers=3, vision_layers=2, taps=(0,)):
         vision_end_token_id=END,
         tie_word_embeddings=True,
     )
-    model = Qwen3VLForConditionalGeneration._from_config(config, dtype=DTYPE, attn_implementation="sdpa")
+    model = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model.eval().to(DEVICE)
 
 

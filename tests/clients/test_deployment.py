@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from helpers import batch, one, random_model, random_prompt, tiny_config
+from helpers import batch, one, random_model, random_prompt, run_without_package, tiny_config
 from torch.nn import functional as F
 from transformers import BitsAndBytesConfig, DynamicCache, GenerationConfig, StaticCache
 
-from neo_hf import NeoForConditionalGeneration
+from neo_hf import NeoForConditionalGeneration, load_nano
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 
@@ -138,6 +138,38 @@ def test_quantised(folder, reference, prompts, tmp_path, settings, similarity):
         "model.patch_embed.dense_embedding",
         "model.patch_embed.patch_embedding",
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", ["load_in_8bit=True", 'load_in_4bit=True, bnb_4bit_quant_type="nf4"'])
+def test_quantised_folder_as_remote_code(tmp_path, settings):
+    """In bfloat16, which bitsandbytes has kernels for on CPUs: saved, and loaded again without this package."""
+    pytest.importorskip("bitsandbytes")
+    load_nano()[0].save_pretrained(tmp_path / "nano")
+    script = f"""
+        import bitsandbytes, torch
+        from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+        folder, again = sys.argv[1:]
+        settings = dict(trust_remote_code=True, dtype=torch.bfloat16)
+        quantised = AutoModelForImageTextToText.from_pretrained(
+            folder, quantization_config=BitsAndBytesConfig({settings}), **settings
+        )
+        quantised.save_pretrained(again)
+        loaded = AutoModelForImageTextToText.from_pretrained(again, trust_remote_code=True)
+        plain = AutoModelForImageTextToText.from_pretrained(folder, **settings)
+        assert type(loaded).__module__.startswith("transformers_modules"), type(loaded)
+        kinds = (bitsandbytes.nn.Linear8bitLt, bitsandbytes.nn.Linear4bit)
+        assert isinstance(loaded.model.language_model.layers[0].self_attn.q_proj_hw, kinds)
+        assert loaded.lm_head.weight.dtype == torch.bfloat16
+        inputs = {{"input_ids": torch.arange(20)[None]}}
+        with torch.no_grad():
+            first, second, reference = (model(**inputs).logits.float() for model in (quantised, loaded, plain))
+        assert torch.equal(first, second)
+        assert 0.99 < torch.cosine_similarity(first.flatten(), reference.flatten(), dim=0) < 0.99999
+        print("passed")
+    """
+    run = run_without_package(script, tmp_path / "nano", tmp_path / "again", cache=tmp_path / "cache")
+    assert run.stdout.endswith("passed\n"), run.stderr
 
 
 AUTO = torch.export.Dim.AUTO

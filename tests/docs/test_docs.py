@@ -57,6 +57,12 @@ def test_clients(run):
 
 
 @pytest.mark.slow
+def test_cpu(run):
+    pytest.importorskip("bitsandbytes")
+    assert run("docs/cpu.md").startswith("torch.Size([1, ")
+
+
+@pytest.mark.slow
 def test_onnx(run):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -83,6 +89,7 @@ def test_every_page_is_run():
         "streaming",
         "design",
         "clients",
+        "cpu",
         "serving",
         "onnx",
     }
