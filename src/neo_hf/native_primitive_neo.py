@@ -68,8 +68,6 @@ class NeoAttention(nn.Module):
         widths = (d // 2, d // 4, d // 4)
         cos, sin = (table.split(widths, dim=-1) for table in position_embeddings)
 
-        value = self.v_proj(hidden_states).unflatten(-1, (-1, d)).transpose(1, 2)  # (B, K, L, d)
-
         def thw(temporal: nn.Linear, spatial: nn.Linear, *norms: nn.Module) -> torch.Tensor:
             # One projection at a time, since they are large for a long prompt.
             halves = [*apply_rotary(norms[0](temporal(hidden_states).unflatten(-1, (-1, d))), cos[0], sin[0])]
@@ -77,10 +75,11 @@ class NeoAttention(nn.Module):
             for x, norm, c, s in zip(height_width, norms[1:], cos[1:], sin[1:], strict=True):
                 halves += apply_rotary(norm(x), c, s)
             # Under autocast the norms return float32, which some kernels cannot combine with half-precision values.
-            return torch.cat(halves, dim=-1).transpose(1, 2).to(value.dtype)  # (B, heads, L, 2d)
+            return torch.cat(halves, dim=-1).transpose(1, 2).to(height_width[0].dtype)  # (B, heads, L, 2d)
 
         query = thw(self.q_proj, self.q_proj_hw, self.q_norm, self.q_norm_h, self.q_norm_w)
         key = thw(self.k_proj, self.k_proj_hw, self.k_norm, self.k_norm_h, self.k_norm_w)
+        value = self.v_proj(hidden_states).unflatten(-1, (-1, d)).transpose(1, 2)  # (B, K, L, d)
 
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
