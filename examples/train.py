@@ -33,6 +33,7 @@ from neo_hf.training import (
     prepare_for_stage,
 )
 from neo_hf.training.arguments import DataArguments
+from neo_hf.training.sequence_parallel import check_divides
 from neo_hf.training.stages import STAGES
 
 # Of attention and MLP; those of the output head, the embeddings and the patches are not adapted.
@@ -134,8 +135,11 @@ def last_checkpoint(folder: str) -> str | None:
 
 def main():
     model_args, data_args, training_args = parse_arguments(sys.argv[1:])
+    size, num_processes = data_args.sequence_parallel_size, training_args.world_size
+    check_divides(size, num_processes, "the number of processes")
+    check_divides(size, data_args.max_length or 0, "max_length")
     if training_args.max_steps <= 0:
-        rows = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+        rows = training_args.train_batch_size * training_args.gradient_accumulation_steps * (num_processes // size)
         raise ValueError(
             "--max_steps is needed: the training data is an endless stream, and how many rows a pass fills is not "
             f"known before it is packed. A step has {rows} rows: with k samples per row, a pass over n samples takes "
@@ -159,7 +163,7 @@ def main():
     eval_data = eval_samples = load_samples(eval_sources, processor)
     pad, weighting = processor.tokenizer.pad_token_id, data_args.loss_weighting
     if data_args.max_length is None:
-        collator = PaddedCollator(pad, weighting)
+        collator = PaddedCollator(pad, weighting, pad_to_multiple_of=size)
     else:
         if too_long := [sample["name"] for sample in eval_samples if len(sample["input_ids"]) > data_args.max_length]:
             raise ValueError(f"eval_data has samples of more than {data_args.max_length} tokens: {too_long}.")
@@ -178,6 +182,7 @@ def main():
         eval_dataset=eval_data or None,
         processing_class=processor,
         callbacks=callbacks,
+        sequence_parallel_size=size,
     )
     trainer.train(training_args.resume_from_checkpoint or last_checkpoint(training_args.output_dir))
     stage = model_args.stage

@@ -32,6 +32,17 @@ LAUNCHERS = {
     "zero2": ([*TORCHRUN, ON_CPU], ["--deepspeed", EXAMPLES / "accelerate" / "zero2.json"]),
     "zero3": ([*TORCHRUN, ON_CPU], ["--deepspeed", EXAMPLES / "accelerate" / "zero3.json"]),
 }
+# Groups of two processes that share rows: one of them, which takes all rows of a step, or two.
+GROUPS = ["--sequence_parallel_size", "2"]
+ONE_GROUP = [*GROUPS, "--per_device_train_batch_size", "2"]
+LAUNCHERS |= {
+    f"{name}, sequence parallel": (LAUNCHERS[name][0], [*LAUNCHERS[name][1], *ONE_GROUP])
+    for name in ("ddp", "zero2", "zero3")
+}
+LAUNCHERS["fsdp2, sequence parallel"] = ([*ACCELERATE, *FSDP2[:-1], "4", ON_CPU], GROUPS)
+# Mid-training trains what SFT does.
+CASES = [(stage, launcher) for stage in ("pretrain", "sft") for launcher in LAUNCHERS]
+CASES.append(("midtrain", "ddp, sequence parallel"))
 ROW = 128
 
 
@@ -98,14 +109,14 @@ def train(command, data, stage, out, rows, *options):
     return [entry["loss"] for entry in history if "loss" in entry], load_file(out / "model.safetensors")
 
 
-@pytest.fixture(scope="module", params=["pretrain", "sft"])  # mid-training trains what SFT does
+@pytest.fixture(scope="module")
 def alone(request, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "out"
     return request.param, *train([EXAMPLES / "train.py"], data, request.param, out, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(("alone", "launcher"), CASES, indirect=["alone"], scope="module")
 def test_several_processes(alone, data, tmp_path, launcher):
     stage, expected_losses, expected_weights = alone
     command, options = LAUNCHERS[launcher]
@@ -115,3 +126,27 @@ def test_several_processes(alone, data, tmp_path, launcher):
     assert weights.keys() == expected_weights.keys()
     for name, expected in expected_weights.items():
         torch.testing.assert_close(weights[name], expected, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_a_sequence_parallel_group_reads_as_one_process(data, tmp_path):
+    """It counts rows and bad records once, and one process continues from its checkpoint."""
+    records = (data / "train.jsonl").read_text().splitlines()
+    bad = json.dumps({"image": "absent.png", "conversations": json.loads(records[0])["conversations"]})
+    for image in data.glob("*.png"):
+        (tmp_path / image.name).symlink_to(image)
+    (tmp_path / "train.jsonl").write_text("\n".join([*records[:2], bad, *records[2:]]) + "\n")
+    command, options = LAUNCHERS["ddp, sequence parallel"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    saving = ["--save_strategy", "steps", "--save_steps", "2", "--save_only_model", "false"]
+    losses, weights = train(command, tmp_path, "sft", whole, 1, *options, *saving)
+    history = json.loads((whole / "trainer_state.json").read_text())["log_history"]
+    assert [entry["num_skipped"] for entry in history if "loss" in entry] == [1, 2, 3]
+    assert round(history[-1]["train_runtime"] * history[-1]["train_samples_per_second"], 1) == 3 * 4
+    assert "| rows per step | 4 |" in (whole / "README.md").read_text()
+
+    checkpoint = ["--resume_from_checkpoint", whole / "checkpoint-2"]
+    resumed_losses, resumed_weights = train([EXAMPLES / "train.py"], tmp_path, "sft", resumed, 2, *checkpoint)
+    assert resumed_losses == pytest.approx(losses, rel=0, abs=1e-5)
+    for name, expected in weights.items():
+        torch.testing.assert_close(resumed_weights[name], expected, rtol=0, atol=1e-5, msg=name)

@@ -14,6 +14,7 @@ from neo_hf.loss_neo import next_token_targets
 from neo_hf.publishing.model_card import TrainingRun, count_parameters, placeholder_id, render_model_card
 from neo_hf.training.packing import PackedDataset
 from neo_hf.training.samples import normalize_patches
+from neo_hf.training.sequence_parallel import SequenceParallel
 from neo_hf.training.stages import parameter_count
 from neo_hf.training.streams import SampleStream, StreamLoader
 
@@ -73,16 +74,61 @@ class NeoTrainer(Trainer):
       the batches that is not padding), `num_skipped` and `num_overlong` (records left out since the processes started)
       and, on GPUs whose peak is known, `mfu` (model FLOPs utilisation: 6 x parameters x tokens, without attention).
     - A NaN or infinite loss raises a `NonFiniteLossError` with the `sample_names`, before the weights are updated.
+    - With `sequence_parallel_size` n, groups of n processes train on the same rows, each on a slice of their tokens
+      (`SequenceParallel`). Evaluation divides whole rows among all processes.
+
+    Raises:
+        ValueError: `sequence_parallel_size` does not divide the number of processes or of attention heads, or is
+            combined with what it cannot be.
     """
 
     # Tokens and places in the batches since the last log.
     _counted: torch.Tensor | None = None
     _counting_since = 0.0
     _stream_loader: StreamLoader | None = None
+    _sequence_parallel: SequenceParallel | None = None
+
+    def __init__(self, *args, sequence_parallel_size: int = 1, **kwargs):
+        super().__init__(*args, **kwargs)
+        if sequence_parallel_size == 1:
+            return
+        conflicts = {
+            "a train_dataset that is not a SampleStream or a PackedDataset of one": not self._trains_on_a_stream,
+            "compute_loss_func or label smoothing": not self._loss_is_the_models,
+            "model_init": self.model_init is not None,
+            "average_tokens_across_devices=False": not self.args.average_tokens_across_devices,
+            "torch_compile": self.args.torch_compile,
+            "tensor, context or sequence parallelism of accelerate or DeepSpeed": (
+                self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1
+            ),
+        }
+        if found := [name for name, is_found in conflicts.items() if is_found]:
+            raise ValueError(
+                f"sequence_parallel_size={sequence_parallel_size} cannot be combined with {' or '.join(found)}."
+            )
+        self._sequence_parallel = SequenceParallel(self.model, sequence_parallel_size)
+
+    def get_sp_size(self) -> int:
+        """The number of processes that train on the same rows."""
+        return super().get_sp_size() if self._sequence_parallel is None else self._sequence_parallel.size
+
+    @property
+    def _trains_on_a_stream(self) -> bool:
+        dataset = self.train_dataset
+        return isinstance(dataset.samples if isinstance(dataset, PackedDataset) else dataset, SampleStream)
+
+    @property
+    def _reader(self) -> tuple[int, int]:
+        """Which reader of data this process is, and of how many: a sequence-parallel group is one."""
+        return self.args.process_index // self.get_sp_size(), self.args.world_size // self.get_sp_size()
+
+    @property
+    def _is_first_of_reader(self) -> bool:
+        return self.args.process_index % self.get_sp_size() == 0
 
     def get_train_dataloader(self):
         dataset = self.train_dataset
-        if not isinstance(dataset.samples if isinstance(dataset, PackedDataset) else dataset, SampleStream):
+        if not self._trains_on_a_stream:
             return super().get_train_dataloader()
         # The loader itself continues where it was: nothing is to be skipped.
         self._resumes_stream = self._stream_loader is not None or not self.args.ignore_data_skip
@@ -90,8 +136,7 @@ class NeoTrainer(Trainer):
         self._stream_loader = StreamLoader(
             dataset,
             self.data_collator,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
+            *self._reader,
             batch_size=self._train_batch_size,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -100,11 +145,11 @@ class NeoTrainer(Trainer):
         return self._stream_loader
 
     def _stream_state_file(self, checkpoint: str) -> Path:
-        return Path(checkpoint) / f"stream_state_{self.args.process_index}.pt"
+        return Path(checkpoint) / f"stream_state_{self._reader[0]}.pt"
 
     def _save_rng_state(self, output_dir: str):
         super()._save_rng_state(output_dir)
-        if self._stream_loader is not None:
+        if self._stream_loader is not None and self._is_first_of_reader:
             path = self._stream_state_file(output_dir)
             torch.save(self._stream_loader.state_dict(), path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)
@@ -154,7 +199,8 @@ class NeoTrainer(Trainer):
         if "loss" in logs and self._counted is not None:
             seconds = time.perf_counter() - self._counting_since
             left_out = torch.tensor(num_left_out(self.train_dataset), device=self.args.device)
-            counted = self.accelerator.reduce(torch.cat([self._counted, left_out]), "sum")
+            counted = torch.cat([self._counted, left_out]) * self._is_first_of_reader  # a group counts once
+            counted = self.accelerator.reduce(counted, "sum")
             tokens, places, logs["num_skipped"], logs["num_overlong"] = map(int, counted.tolist())
             logs |= {"tokens_per_second": tokens / seconds, "row_fill": tokens / places}
             if self.args.device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name())):
@@ -166,18 +212,18 @@ class NeoTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         if not batch_samples or not all("loss_weight" in batch for batch in batch_samples):
             return super()._get_num_items_in_batch(batch_samples, device)
-        model = self.accelerator.unwrap_model(self.model)
         weight = sum(
             next_token_targets(
                 batch["labels"],
-                image_token_id=model._image_token_id,
+                image_token_id=self._image_token_id,
                 **{name: batch.get(name) for name in ("loss_weight", "attention_mask", "document_ids")},
             )[1].sum()
             for batch in batch_samples
         )
         weight = torch.as_tensor(weight, dtype=torch.float32, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            weight = self.accelerator.gather(weight).sum() / self.get_tp_size()  # tensor-parallel ranks share a batch
+            sharing = self.get_tp_size() * self.get_sp_size()  # processes with the same batch
+            weight = self.accelerator.gather(weight).sum() / sharing
         return weight
 
     def create_model_card(self, license=None, model_name=None, finetuned_from=None, dataset=(), stage=None):
@@ -195,12 +241,11 @@ class NeoTrainer(Trainer):
             return
         model, args = self.accelerator.unwrap_model(self.model), self.args
         trained = parameter_count(p for p in model.parameters() if p.requires_grad)
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         recipe = {
             **({"stage": stage} if stage else {}),
             "trained parameters": f"{trained:,}, of a model of {count_parameters(model.config)['total']:,}",
             "steps": self.state.global_step,
-            "rows per step": rows,
+            "rows per step": self.get_total_train_batch_size(args),
             "tokens per row": getattr(self.data_collator, "max_length", "those of the longest sample"),
             "loss weighting": getattr(self.data_collator, "loss_weighting", "token"),
             "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}, warm-up {args.warmup_steps:g}",
@@ -238,12 +283,18 @@ class NeoTrainer(Trainer):
         super()._save(output_dir, state_dict)
 
     @property
+    def _image_token_id(self) -> int:
+        return self.accelerator.unwrap_model(self.model)._image_token_id
+
+    @property
     def _loss_is_the_models(self) -> bool:
         return self.compute_loss_func is None and self.label_smoother is None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         names = inputs.pop("sample_names", None)
         inputs.setdefault("skip_logits", model.training and self._loss_is_the_models)
+        if self._sequence_parallel is not None and model.training:
+            inputs = self._sequence_parallel.slice_targets(inputs, self._image_token_id)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and not torch.isfinite(loss):
             raise NonFiniteLossError(
