@@ -100,6 +100,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/sequence_parallel.py
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/startup.py
 

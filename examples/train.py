@@ -37,6 +37,7 @@ from neo_hf.training import (
 )
 from neo_hf.training.arguments import DataArguments
 from neo_hf.training.checks import check_rows, check_source
+from neo_hf.training.sequence_parallel import check_divides
 from neo_hf.training.stages import STAGES
 
 logger = logging.getLogger(__name__)
@@ -147,7 +148,8 @@ def count_steps(sources: list[Source], processor, data_args: DataArguments, trai
     if data_args.train_weights is None:
         for source, report in zip(sources, reports, strict=True):
             source.weight = sum(report.lengths) if data_args.weighting == "tokens" else len(report.lengths)
-    per_step = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+    num_readers = training_args.world_size // data_args.sequence_parallel_size
+    per_step = training_args.train_batch_size * training_args.gradient_accumulation_steps * num_readers
     num_steps = math.ceil(training_args.num_train_epochs * num_rows / per_step)
     logger.info(
         "A pass over the training data has %d rows; %g epochs are %d steps of %d rows.",
@@ -173,6 +175,9 @@ def last_checkpoint(folder: str) -> str | None:
 
 def main():
     model_args, data_args, training_args = parse_arguments(sys.argv[1:])
+    size = data_args.sequence_parallel_size
+    check_divides(size, training_args.world_size, "the number of processes")
+    check_divides(size, data_args.max_length or 0, "max_length")
     if model_args.load_in_4bit and model_args.lora_rank is None:
         raise ValueError("--load_in_4bit trains nothing without --lora_rank.")
     logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
@@ -193,7 +198,7 @@ def main():
     eval_data = eval_samples = load_samples(eval_sources, processor)
     pad, weighting = processor.tokenizer.pad_token_id, data_args.loss_weighting
     if data_args.max_length is None:
-        collator = PaddedCollator(pad, weighting)
+        collator = PaddedCollator(pad, weighting, pad_to_multiple_of=size)
     else:
         if too_long := [sample["name"] for sample in eval_samples if len(sample["input_ids"]) > data_args.max_length]:
             raise ValueError(f"eval_data has samples of more than {data_args.max_length} tokens: {too_long}.")
@@ -214,6 +219,7 @@ def main():
         eval_dataset=eval_data or None,
         processing_class=processor,
         callbacks=callbacks,
+        sequence_parallel_size=size,
     )
     trainer.train(training_args.resume_from_checkpoint or last_checkpoint(training_args.output_dir))
     stage = model_args.stage

@@ -34,6 +34,17 @@ LAUNCHERS = {
     "zero2": ([*TORCHRUN, ON_CPU], ["--deepspeed", EXAMPLES / "accelerate" / "zero2.json"]),
     "zero3": ([*TORCHRUN, ON_CPU], ["--deepspeed", EXAMPLES / "accelerate" / "zero3.json"]),
 }
+# Groups of two processes that share rows: one of them, which takes all rows of a step, or two.
+GROUPS = ["--sequence_parallel_size", "2"]
+ONE_GROUP = [*GROUPS, "--per_device_train_batch_size", "2"]
+LAUNCHERS |= {
+    f"{name}, sequence parallel": (LAUNCHERS[name][0], [*LAUNCHERS[name][1], *ONE_GROUP])
+    for name in ("ddp", "zero2", "zero3")
+}
+LAUNCHERS["fsdp2, sequence parallel"] = ([*ACCELERATE, *FSDP2[:-1], "4", ON_CPU], GROUPS)
+# Mid-training trains what SFT does.
+CASES = [(stage, launcher) for stage in ("pretrain", "sft") for launcher in LAUNCHERS]
+CASES.append(("midtrain", "ddp, sequence parallel"))
 ROW = 128
 
 
@@ -103,14 +114,14 @@ def log(out):
     return json.loads((out / "trainer_state.json").read_text())["log_history"]
 
 
-@pytest.fixture(scope="module", params=["pretrain", "sft"])  # mid-training trains what SFT does
+@pytest.fixture(scope="module")
 def alone(request, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "out"
     return request.param, *train([EXAMPLES / "train.py"], data, request.param, out, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(("alone", "launcher"), CASES, indirect=["alone"], scope="module")
 def test_several_processes(alone, data, tmp_path, launcher):
     stage, expected_losses, expected_weights = alone
     command, options = LAUNCHERS[launcher]
@@ -123,13 +134,14 @@ def test_several_processes(alone, data, tmp_path, launcher):
 
 
 @pytest.mark.slow
-def test_loss_per_source(data, tmp_path):
-    """Over the documents that both processes read, in two rows each."""
+@pytest.mark.parametrize(("launcher", "num_readers"), [("ddp", 2), ("ddp, sequence parallel", 1)])
+def test_loss_per_source(data, tmp_path, launcher, num_readers):
+    """Over the documents of all rows, whichever process read them."""
     lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
     files = [tmp_path / "few.jsonl", tmp_path / "many.jsonl"]
     for file, part in zip(files, (lines[:1], lines[1:]), strict=True):
         file.write_text("".join(part))
-    command, options = LAUNCHERS["ddp"]
+    command, options = LAUNCHERS[launcher]
     options = [*options, "--train_data", *files, "--learning_rate", "0", "--logging_steps", "3", "--seed", "7"]
     train(command, data, "sft", tmp_path / "out", 1, *options)
     [logged] = [entry for entry in log(tmp_path / "out") if "loss" in entry]
@@ -138,11 +150,11 @@ def test_loss_per_source(data, tmp_path):
     processor.image_processor.min_pixels, processor.image_processor.max_pixels = 1024, 16384
     collator = PackedCollator(processor.tokenizer.pad_token_id, ROW)
     sums = {str(file): torch.zeros(2) for file in files}
-    for reader in range(2):
+    for reader in range(num_readers):
         sources = [Source(str(file), root=data) for file in files]
         rows = PackedDataset(SampleStream(sources, processor, seed=7, normalize=True), ROW)
-        rows.load_state_dict(rows.initial_state(reader, 2))
-        for [sample] in itertools.islice(rows, 6):
+        rows.load_state_dict(rows.initial_state(reader, num_readers))
+        for [sample] in itertools.islice(rows, 12 // num_readers):
             weight = (sample["labels"][1:] != -100).sum() ** 0.5
             batch = collator([[sample]])
             del batch["sample_names"], batch["source_ids"]
@@ -194,3 +206,27 @@ def test_sharded_checkpoints(alone, data, tmp_path):
     assert converted.keys() == weights.keys()
     differences = [(converted[name] - weights[name]).abs().max() for name in weights]
     assert 0 < max(differences) < 0.1  # a step later
+
+
+@pytest.mark.slow
+def test_a_sequence_parallel_group_reads_as_one_process(data, tmp_path):
+    """It counts rows and bad records once, and one process continues from its checkpoint."""
+    records = (data / "train.jsonl").read_text().splitlines()
+    bad = json.dumps({"image": "absent.png", "conversations": json.loads(records[0])["conversations"]})
+    for image in data.glob("*.png"):
+        (tmp_path / image.name).symlink_to(image)
+    (tmp_path / "train.jsonl").write_text("\n".join([*records[:2], bad, *records[2:]]) + "\n")
+    command, options = LAUNCHERS["ddp, sequence parallel"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    saving = ["--save_strategy", "steps", "--save_steps", "2", "--save_only_model", "false"]
+    losses, weights = train(command, tmp_path, "sft", whole, 1, *options, *saving)
+    history = json.loads((whole / "trainer_state.json").read_text())["log_history"]
+    assert [entry["num_skipped"] for entry in history if "loss" in entry] == [1, 2, 3]
+    assert round(history[-1]["train_runtime"] * history[-1]["train_samples_per_second"], 1) == 3 * 4
+    assert "| rows per step | 4 |" in (whole / "README.md").read_text()
+
+    checkpoint = ["--resume_from_checkpoint", whole / "checkpoint-2"]
+    resumed_losses, resumed_weights = train([EXAMPLES / "train.py"], tmp_path, "sft", resumed, 2, *checkpoint)
+    assert resumed_losses == pytest.approx(losses, rel=0, abs=1e-5)
+    for name, expected in weights.items():
+        torch.testing.assert_close(resumed_weights[name], expected, rtol=0, atol=1e-5, msg=name)

@@ -271,3 +271,7 @@ def test_bad_arguments(script, data, tmp_path, monkeypatch):
         run(script, monkeypatch, arguments(data, tmp_path, max_steps=1, stage="pretrain", lora_rank=4))
     with pytest.raises(ValueError, match="without --lora_rank"):
         run(script, monkeypatch, arguments(data, tmp_path, max_steps=1, load_in_4bit=True))
+    with pytest.raises(ValueError, match="sequence_parallel_size must divide the number of processes, 1, got 2"):
+        run(script, monkeypatch, arguments(data, tmp_path, max_steps=1, sequence_parallel_size=2))
+    with pytest.raises(ValueError, match="sequence_parallel_size must divide the number of processes, 1, got 0"):
+        run(script, monkeypatch, arguments(data, tmp_path, max_steps=1, sequence_parallel_size=0))

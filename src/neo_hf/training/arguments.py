@@ -30,6 +30,13 @@ class DataArguments:
     max_length: int | None = field(
         default=None, metadata={"help": "Pack rows of this many tokens; pad to the longest sample by default."}
     )
+    sequence_parallel_size: int = field(
+        default=1,
+        metadata={
+            "help": "Processes that train on the same rows, each on a slice of their tokens: for long rows. It must "
+            "divide the number of processes, of attention heads, and max_length."
+        },
+    )
     loss_weighting: str = field(default="square", metadata={"help": f"{', '.join(LOSS_WEIGHTINGS)}."})
     num_answers: int = field(
         default=4, metadata={"help": "Answers to write to output_dir/answers at each evaluation."}

@@ -20,6 +20,7 @@ class PaddedCollator:
         pad_token_id: any token of the vocabulary.
         loss_weighting: the weight of each of the n tokens of a sample that count: "token": 1; "square": 1/sqrt(n);
             "sample": 1/n.
+        pad_to_multiple_of: pad further, to a multiple of this many tokens, as sequence parallelism needs it.
 
     Calling it returns:
         `input_ids`, `attention_mask` and `labels` (B, L) int64; `loss_weight` (B, L) float32, the weight of predicting
@@ -33,12 +34,14 @@ class PaddedCollator:
 
     pad_token_id: int
     loss_weighting: str = "square"
+    pad_to_multiple_of: int = 1
 
     def __post_init__(self):
         check_loss_weighting(self.loss_weighting)
 
     def __call__(self, samples: list[dict]) -> dict:
         length = max(len(sample["input_ids"]) for sample in samples)
+        length += -length % self.pad_to_multiple_of
         batch = join_rows([[sample] for sample in samples], length, self.pad_token_id, self.loss_weighting)
         batch["attention_mask"] = (batch.pop("document_ids") == 0).long()
         return batch

@@ -16,6 +16,7 @@ from neo_hf.training.callbacks import ShareOfStream
 from neo_hf.training.packing import PackedDataset
 from neo_hf.training.planning import flops_per_token, peak_flops
 from neo_hf.training.samples import normalize_patches
+from neo_hf.training.sequence_parallel import SequenceParallel
 from neo_hf.training.stages import parameter_count
 from neo_hf.training.streams import SampleStream, StreamLoader
 
@@ -83,6 +84,12 @@ class NeoTrainer(Trainer):
       and, on GPUs whose peak is known, `mfu` (model FLOPs utilisation, see `planning.flops_per_token`). Of a stream of
       several sources, it logs `loss/NAME` for each source, the weighted mean over its tokens since the last log.
     - A NaN or infinite loss raises a `NonFiniteLossError` with the `sample_names`, before the weights are updated.
+    - With `sequence_parallel_size` n, groups of n processes train on the same rows, each on a slice of their tokens
+      (`SequenceParallel`). Evaluation divides whole rows among all processes.
+
+    Raises:
+        ValueError: `sequence_parallel_size` does not divide the number of processes or of attention heads, or is
+            combined with what it cannot be.
     """
 
     # Tokens and places in the batches since the last log, and per source the sums of weighted losses and of weights.
@@ -90,10 +97,49 @@ class NeoTrainer(Trainer):
     _source_losses: torch.Tensor
     _counting_since = 0.0
     _stream_loader: StreamLoader | None = None
+    _sequence_parallel: SequenceParallel | None = None
+
+    def __init__(self, *args, sequence_parallel_size: int = 1, **kwargs):
+        super().__init__(*args, **kwargs)
+        if sequence_parallel_size == 1:
+            return
+        conflicts = {
+            "a train_dataset that is not a SampleStream or a PackedDataset of one": not self._trains_on_a_stream,
+            "compute_loss_func or label smoothing": not self._loss_is_the_models,
+            "model_init": self.model_init is not None,
+            "average_tokens_across_devices=False": not self.args.average_tokens_across_devices,
+            "torch_compile": self.args.torch_compile,
+            "tensor, context or sequence parallelism of accelerate or DeepSpeed": (
+                self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1
+            ),
+        }
+        if found := [name for name, is_found in conflicts.items() if is_found]:
+            raise ValueError(
+                f"sequence_parallel_size={sequence_parallel_size} cannot be combined with {' or '.join(found)}."
+            )
+        self._sequence_parallel = SequenceParallel(self.model, sequence_parallel_size)
+
+    def get_sp_size(self) -> int:
+        """The number of processes that train on the same rows."""
+        return super().get_sp_size() if self._sequence_parallel is None else self._sequence_parallel.size
+
+    @property
+    def _trains_on_a_stream(self) -> bool:
+        dataset = self.train_dataset
+        return isinstance(dataset.samples if isinstance(dataset, PackedDataset) else dataset, SampleStream)
+
+    @property
+    def _reader(self) -> tuple[int, int]:
+        """Which reader of data this process is, and of how many: a sequence-parallel group is one."""
+        return self.args.process_index // self.get_sp_size(), self.args.world_size // self.get_sp_size()
+
+    @property
+    def _is_first_of_reader(self) -> bool:
+        return self.args.process_index % self.get_sp_size() == 0
 
     def get_train_dataloader(self):
         dataset = self.train_dataset
-        if not isinstance(dataset.samples if isinstance(dataset, PackedDataset) else dataset, SampleStream):
+        if not self._trains_on_a_stream:
             return super().get_train_dataloader()
         # The loader itself continues where it was: nothing is to be skipped.
         self._resumes_stream = self._stream_loader is not None or not self.args.ignore_data_skip
@@ -103,8 +149,7 @@ class NeoTrainer(Trainer):
         self._stream_loader = StreamLoader(
             dataset,
             self.data_collator,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
+            *self._reader,
             batch_size=self._train_batch_size,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -113,11 +158,11 @@ class NeoTrainer(Trainer):
         return self._stream_loader
 
     def _stream_state_file(self, checkpoint: str) -> Path:
-        return Path(checkpoint) / f"stream_state_{self.args.process_index}.pt"
+        return Path(checkpoint) / f"stream_state_{self._reader[0]}.pt"
 
     def _save_rng_state(self, output_dir: str):
         super()._save_rng_state(output_dir)
-        if self._stream_loader is not None:
+        if self._stream_loader is not None and self._is_first_of_reader:
             path = self._stream_state_file(output_dir)
             torch.save(self._stream_loader.state_dict(), path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)
@@ -168,7 +213,8 @@ class NeoTrainer(Trainer):
         if "loss" in logs and self._counted is not None:
             seconds = time.perf_counter() - self._counting_since
             left_out = torch.tensor(num_left_out(self.train_dataset), device=self.args.device)
-            numbers = torch.cat([self._counted, left_out, self._source_losses.flatten()])
+            counted = torch.cat([self._counted, left_out]) * self._is_first_of_reader  # a group counts once
+            numbers = torch.cat([counted, self._source_losses.flatten()])
             tokens, places, num_skipped, num_overlong, *sums = self.accelerator.reduce(numbers, "sum").tolist()
             logs |= {"num_skipped": int(num_skipped), "num_overlong": int(num_overlong)}
             logs |= {"tokens_per_second": tokens / seconds, "row_fill": tokens / places}
@@ -185,15 +231,15 @@ class NeoTrainer(Trainer):
         weight = sum(self._target_weights(batch).sum() for batch in batch_samples)
         weight = torch.as_tensor(weight, dtype=torch.float32, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            weight = self.accelerator.gather(weight).sum() / self.get_tp_size()  # tensor-parallel ranks share a batch
+            sharing = self.get_tp_size() * self.get_sp_size()  # processes with the same batch
+            weight = self.accelerator.gather(weight).sum() / sharing
         return weight
 
     def _target_weights(self, batch: dict) -> torch.Tensor:
         """The weight (B, L) of predicting the token after each."""
-        model = self.accelerator.unwrap_model(self.model)
         names = ("loss_weight", "attention_mask", "document_ids")
         options = {name: batch.get(name) for name in names}
-        return next_token_targets(batch["labels"], image_token_id=model._image_token_id, **options)[1]
+        return next_token_targets(batch["labels"], image_token_id=self._image_token_id, **options)[1]
 
     def create_model_card(self, license=None, model_name=None, finetuned_from=None, dataset=(), stage=None):
         """
@@ -210,12 +256,11 @@ class NeoTrainer(Trainer):
             return
         model, args = self.accelerator.unwrap_model(self.model), self.args
         trained = parameter_count(p for p in model.parameters() if p.requires_grad)
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         recipe = {
             **({"stage": stage} if stage else {}),
             "trained parameters": f"{trained:,}, of a model of {count_parameters(model.config)['total']:,}",
             "steps": self.state.global_step,
-            "rows per step": rows,
+            "rows per step": self.get_total_train_batch_size(args),
             "tokens per row": getattr(self.data_collator, "max_length", "those of the longest sample"),
             "loss weighting": getattr(self.data_collator, "loss_weighting", "token"),
             "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}, warm-up {args.warmup_steps:g}",
@@ -265,12 +310,19 @@ class NeoTrainer(Trainer):
         super()._save(output_dir, state_dict)
 
     @property
+    def _image_token_id(self) -> int:
+        return self.accelerator.unwrap_model(self.model)._image_token_id
+
+    @property
     def _loss_is_the_models(self) -> bool:
         return self.compute_loss_func is None and self.label_smoother is None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         names, source_ids = inputs.pop("sample_names", None), inputs.pop("source_ids", None)
         inputs.setdefault("skip_logits", model.training and self._loss_is_the_models)
+        if self._sequence_parallel is not None and model.training:
+            inputs = self._sequence_parallel.slice_targets(inputs, self._image_token_id)
+            source_ids = None if source_ids is None else self._sequence_parallel.slice(source_ids)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and not torch.isfinite(loss):
             raise NonFiniteLossError(
@@ -281,7 +333,7 @@ class NeoTrainer(Trainer):
         token_loss = outputs.get("token_loss") if isinstance(outputs, dict) else None
         is_counting = model.training and self._counted is not None and len(self._source_losses) > 0
         if is_counting and source_ids is not None and token_loss is not None:
-            weights = self._target_weights(inputs)
+            weights = self._target_weights(inputs) if "labels" in inputs else inputs["loss_weight"]
             sums = torch.stack([token_loss.float() * weights, weights], dim=-1).flatten(0, 1)
             self._source_losses.index_add_(0, source_ids.flatten().clamp(min=0), sums)  # padding has no weight
         return (loss, outputs) if return_outputs else loss
