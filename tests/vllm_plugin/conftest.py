@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import shutil
@@ -21,11 +22,14 @@ NANO_IDS = {"image_token_id": 498, "image_start_token_id": 499, "image_end_token
 def start():
     """Start vLLM on a folder, in float32. The engine of the last call is stopped before."""
     vllm = pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
+    psutil = pytest.importorskip("psutil")
     running = []
 
     def stop():
         while running:
-            running.pop().llm_engine.engine_core.shutdown()
+            # A process may end by itself just before vLLM ends it.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                running.pop().llm_engine.engine_core.shutdown()
 
     def start(folder, **settings):
         stop()
