@@ -185,9 +185,9 @@ def info(model_name: Model, image: Images = []):  # noqa: B006
     for dtype in (torch.float32, torch.bfloat16):
         weights, token = num_parameters * dtype.itemsize / 1e6, cached * dtype.itemsize / 1e3
         print(f"memory            {weights:,.0f} MB of weights and {token:.1f} kB per token in the cache, in {dtype}")
-    dtype = choose_dtype(config, device)
-    reason = "" if dtype == config.dtype else f", since this CPU has no fast products of {config.dtype}"
-    print(f"runs here in      {dtype or 'the dtype of its weights'}, on {device}{reason}")
+    chosen = choose_dtype(config, device)
+    reason = "" if chosen == config.dtype else f", since this CPU has no fast products of {config.dtype}"
+    print(f"runs here in      {chosen or 'the dtype of its weights'}, on {device}{reason}")
     side = vision.patch_size * vision.spatial_merge_size
     budget = f"{processor.min_pixels:,} to {processor.max_pixels:,} pixels"
     print(f"images            {budget}, {side} x {side} per visual token")

@@ -36,6 +36,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 MAX_EMBEDDED_BYTES = 2**31 - 2**27
 # Columns of a weight that share a scale. What Transformers.js' conversions use, and a divisor of every width of NEO.
 BLOCK_SIZE = 32
+# Products with quantized weights round activations to 8 bits too: some 80 times as fast in 8 bits on CPUs.
+INT8_ACTIVATIONS = 4  # what ONNX Runtime calls it
 ATTENTION = "neo_onnx"
 
 
@@ -299,7 +301,9 @@ def quantize(file: Path, bits: int) -> ir.Model:
 
     root.setLevel(level)  # the import sends everything that any library logs to standard error
     root.handlers = handlers
-    quantizer = MatMulNBitsQuantizer(str(file), bits=bits, block_size=BLOCK_SIZE, is_symmetric=True)
+    quantizer = MatMulNBitsQuantizer(
+        str(file), bits=bits, block_size=BLOCK_SIZE, is_symmetric=True, accuracy_level=INT8_ACTIVATIONS
+    )
     quantizer.process()
     return ir.from_proto(quantizer.model.model)
 

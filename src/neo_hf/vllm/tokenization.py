@@ -68,6 +68,6 @@ def _check_settings(params: ChatParams):
     """
     if misplaced := sorted(SETTINGS & params.chat_template_kwargs.keys()):
         raise ValueError(
-            f"chat_template_kwargs have {', '.join(misplaced)}, which vLLM takes in mm_processor_kwargs, if the server "
-            "is started with --trust-request-mm-kwargs."
+            f"chat_template_kwargs have {', '.join(misplaced)}, which vLLM takes in mm_processor_kwargs, if the "
+            "server is started with --trust-request-mm-kwargs."
         )
