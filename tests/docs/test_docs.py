@@ -59,7 +59,7 @@ def test_clients(run):
 @pytest.mark.slow
 def test_cpu(run):
     pytest.importorskip("bitsandbytes")
-    assert run("docs/cpu.md").startswith("torch.Size([1, ")
+    assert re.fullmatch(r"torch\.float32\ntorch\.Size\(\[1, \d+\]\)\n", run("docs/cpu.md"))
 
 
 @pytest.mark.slow

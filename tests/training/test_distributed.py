@@ -184,6 +184,7 @@ def test_skips_a_loss_spike_in_all_processes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("alone", ["pretrain", "sft"], indirect=True, scope="module")
 def test_sharded_checkpoints(alone, data, tmp_path):
     """torch.distributed.checkpoint: resumed from, and converted; the end is a whole folder."""
     stage, _, expected = alone
