@@ -32,11 +32,15 @@ TASKS = ("caption", "attribute", "relation", "count", "change", "motion", "digit
 
 @dataclass
 class Stage:
-    """Steps, and the weight of each kind of sample. The learning rate decays over the last `decay` of the steps."""
+    """
+    Steps, and the weight of each kind of sample. The learning rates, `peak` times those of the run, decay over the last
+    `decay` of the steps.
+    """
 
     steps: int
     weights: dict[str, float]
     decay: float = 0.0
+    peak: float = 1.0
 
 
 STAGES = {
@@ -47,20 +51,77 @@ STAGES = {
         {"caption": 2, "attribute": 1, "relation": 3, "count": 3, "change": 2, "motion": 2, "digits": 2, "text": 1},
     ),
     "sft": Stage(
-        6000,
+        6500,
         {
-            "caption": 3,
-            "scene": 1,
-            "attribute": 2,
-            "where": 2,
-            "relation": 4,
-            "count": 3,
-            "change": 3,
+            "caption": 4.5,
+            "scene": 3,
+            "alike": 3,
+            "attribute": 1,
+            "where": 1,
+            "relation": 3,
+            "count": 2.5,
+            "change": 4,
             "motion": 0.7,
-            "digits": 2,
+            "digits": 5,
             "text": 0.5,
         },
         decay=0.9,
+    ),
+    # Each of these has more of what the stage before did worst.
+    "sft-2": Stage(
+        2000,
+        {
+            "caption": 3,
+            "scene": 4,
+            "alike": 3,
+            "attribute": 0.5,
+            "where": 0.5,
+            "relation": 4,
+            "count": 1,
+            "change": 3,
+            "motion": 0.7,
+            "digits": 8,
+            "text": 0.5,
+        },
+        decay=1.0,
+        peak=0.5,
+    ),
+    "sft-3": Stage(
+        3500,
+        {
+            "caption": 2,
+            "scene": 2,
+            "alike": 2,
+            "attribute": 0.5,
+            "where": 0.5,
+            "relation": 8,
+            "count": 1.5,
+            "change": 6,
+            "motion": 0.7,
+            "digits": 5,
+            "text": 0.3,
+        },
+        decay=1.0,
+        peak=0.6,
+    ),
+    # Relations of shapes of one colour.
+    "sft-4": Stage(
+        1600,
+        {
+            "caption": 2,
+            "scene": 2,
+            "color": 8,
+            "alike": 2,
+            "attribute": 0.5,
+            "relation": 3,
+            "count": 1.5,
+            "change": 4,
+            "motion": 0.7,
+            "digits": 6,
+            "text": 0.3,
+        },
+        decay=1.0,
+        peak=0.5,
     ),
 }
 
@@ -152,7 +213,7 @@ def train(name: str, model: torch.nn.Module, processor: NeoProcessor, args: Argu
 
     def factor(step: int) -> float:
         warm_up = min(1.0, (step + 1) / 50)
-        return warm_up * min(1.0, (steps - step) / max(1, stage.decay * steps))
+        return stage.peak * warm_up * min(1.0, (steps - step) / max(1, stage.decay * steps))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in both]
     world = World(args.seed + 100 * list(STAGES).index(name))
@@ -238,11 +299,11 @@ def main():
         if not previous.exists():
             vision = {"patch_size": 8, "hidden_size": 192, "min_pixels": 32 * 32, "max_pixels": 128 * 128}
             init_from_qwen3(folders["llm"], previous, num_pre_buffer_layers=2, vision_config=vision, seed=args.seed)
-        for name in ("pretrain", "midtrain", "sft"):
+        for name in ("pretrain", "midtrain", "sft", "sft-2", "sft-3", "sft-4"):
             if not folders[name].exists():
                 processor = NeoProcessor.from_pretrained(previous)
                 model = NeoForConditionalGeneration.from_pretrained(previous)
-                prepare_for_stage(model, name)
+                prepare_for_stage(model, name.partition("-")[0])
                 train(name, model, processor, args, log)
                 unfinished = args.output_dir / f"{name}.unfinished"
                 model.save_pretrained(unfinished)

@@ -160,13 +160,17 @@ class World:
     def background(self) -> str:
         return self.random.choice(BACKGROUNDS)
 
-    def scene(self, counts: tuple[int, ...] = (1, 2, 3, 4), distinct: bool = False) -> Scene:
-        """`distinct`: no two shapes of the same colour and kind."""
+    def scene(
+        self, counts: tuple[int, ...] = (1, 2, 3, 4), distinct: bool = False, max_colors: int | None = None
+    ) -> Scene:
+        """`distinct`: no two shapes of the same colour and kind. `max_colors`: draw from so many colours only."""
 
         def make() -> Scene:
             size, count = self.random.choice(self.sizes), self.random.choice(counts)
             colors, kinds = list(self.colors), list(self.kinds)
-            if not distinct and self.random.random() < 0.7:  # more alike than chance would have them, to be counted
+            if max_colors is not None:
+                colors = self.random.sample(colors, max_colors)
+            elif not distinct and self.random.random() < 0.7:  # more alike than chance would have them, to be counted
                 colors = self.random.sample(colors, 2)
                 kinds = self.random.sample(kinds, min(2, len(kinds)))
             looks = [(color, kind) for color in colors for kind in kinds]
@@ -235,11 +239,11 @@ class World:
 
     # Samples: chat messages with images.
 
-    def scene_sample(self, tasks: tuple[str, ...]) -> Sample:
+    def scene_sample(self, tasks: tuple[str, ...], max_colors: int | None = None) -> Sample:
         """A scene with a question of each of these tasks about it, in any order; none is asked twice."""
         order = self.random.sample(tasks, len(tasks))
         distinct = "relation" in tasks or "where" in tasks
-        scene = self.scene((2, 3, 4) if "relation" in tasks else (1, 2, 3, 4), distinct=distinct)
+        scene = self.scene((2, 3, 4) if "relation" in tasks else (1, 2, 3, 4), distinct, max_colors)
         asked = dict(turn for task in order if (turn := getattr(self, task)(scene)) is not None)
         return conversation([scene.draw()], [*asked.items()])
 
@@ -369,11 +373,15 @@ class World:
         Args:
             weights: share of each kind of sample: a task of a scene ("caption", "attribute", "where", "relation",
                 "count"), "scene" (several questions about one whose shapes all differ), "alike" (about one where some
-                may be the same), "change", "motion", "digits", "text".
+                may be the same), "color" (about one where most differ only in kind), "change", "motion", "digits",
+                "text".
         """
         makers: dict[str, Callable[[], Sample]] = {
             "scene": lambda: self.scene_sample(
                 ("attribute", "attribute", "where", "relation", "relation", "count"),
+            ),
+            "color": lambda: self.scene_sample(
+                ("relation", "relation", "where", "attribute"), max_colors=self.random.choice((1, 2))
             ),
             "alike": lambda: self.scene_sample(("attribute", "count", "count", "count", "count")),
             "change": self.change_sample,
