@@ -19,8 +19,8 @@ SCHEDULER = "neo_hf.vllm.scheduling.make_scheduler"
 @cache  # or each call would wrap the functions once more
 def accept_nano():
     """
-    Let `nano` name NEO-nano. vLLM has no place for other names of models, so this is in front of the two functions that
-    look at a name first: the one looks for its folder if the Hub must not be asked, the other asks the Hub.
+    Let `nano` name NEO-nano. vLLM has no place to register a name, so this wraps what uses the name of a model first:
+    offline, `get_model_path`, which looks for its folder; otherwise `create_engine_config`, which asks the Hub.
     """
     get_model_path, create_engine_config = arg_utils.get_model_path, arg_utils.EngineArgs.create_engine_config
 
