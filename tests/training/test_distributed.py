@@ -141,7 +141,6 @@ def test_several_processes(alone, data, tmp_path, launcher):
         ("ddp, sequence parallel", 1, False),
         ("fsdp2", 2, True),
         ("zero2", 2, True),
-        ("zero3", 2, True),
     ],
 )
 def test_loss_per_source(data, tmp_path, launcher, num_readers, bf16):
