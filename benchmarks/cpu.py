@@ -18,12 +18,10 @@ smoke test on narrow models.
 
 import argparse
 import copy
-import datetime
 import gc
 import importlib.util
 import json
 import logging
-import platform
 import subprocess
 import sys
 import tempfile
@@ -32,6 +30,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from reports import publish, table
 from speed import (
     TINY,
     WIDTHS,
@@ -45,7 +44,6 @@ from speed import (
     qwen_inputs,
     ratio,
     status_megabytes,
-    table,
 )
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -395,13 +393,11 @@ def report(results, tiny):
     return "\n".join(parts)
 
 
-def plot(results, path):
-    import matplotlib
+def plot(results):
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4))
+    figure = Figure(figsize=(13, 4), layout="tight")
+    left, right = figure.subplots(1, 2)
     formats = results["layers"]["formats"]
     bfloat16 = formats["bfloat16"]
     names = ("prefill", *results["layers"]["lengths"])
@@ -428,8 +424,7 @@ def plot(results, path):
     right.tick_params(axis="y", labelsize=8)
     right.set(title="Image of 512 x 512, answer of 50 tokens", xlabel="seconds")
     right.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def main():
@@ -454,16 +449,14 @@ def main():
         progress.set_description(name)
         results[name] = parts[name](tiny)
 
-    date = datetime.date.today().isoformat()
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    text = f"## {date}, CPU, {torch.get_num_threads()} threads\n\n{platform.machine()}, {versions}.\n\n"
-    text += f"### CPU (`cpu.py`)\n\n{report(results, tiny)}"
-    print(text)
-    if arguments.append:
-        image = arguments.append.with_name(f"cpu-{date}.png")
-        plot(results, image)
-        with arguments.append.open("a") as file:
-            file.write(f"\n{text}\n![Speed by format, wait for an answer]({image.name})\n")
+    publish(
+        f"CPU, {torch.get_num_threads()} threads",
+        [],
+        "CPU (`cpu.py`)",
+        report(results, tiny),
+        arguments.append,
+        ("cpu", "Speed by format, wait for an answer", lambda: plot(results)),
+    )
 
 
 if __name__ == "__main__":

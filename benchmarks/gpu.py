@@ -12,7 +12,6 @@ model and short prompts, also on a CPU.
 """
 
 import argparse
-import datetime
 import gc
 import statistics
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from reports import publish, table
 from speed import (
     DEVICE,
     DTYPE,
@@ -34,7 +34,6 @@ from speed import (
     neo_inputs,
     patch_embedding_operations,
     qwen_inputs,
-    table,
 )
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
@@ -330,14 +329,7 @@ def main():
     if peak and not isinstance(results["neo"], str):
         rate = operations / results["neo"][0]
         parts.append(f"NEO trains at {rate / 1e12:,.0f} TFLOP/s, {rate / peak:.0%} of the peak of the data sheet.\n")
-    date = datetime.date.today().isoformat()
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    report = f"## {date}, {card}\n\n{str(DTYPE).removeprefix('torch.')}, {versions}.\n\n### GPU (`gpu.py`)\n\n"
-    report += "\n".join(parts)
-    print(report)
-    if arguments.append:
-        with arguments.append.open("a") as file:
-            file.write(f"\n{report}")
+    publish(card, [str(DTYPE).removeprefix("torch.")], "GPU (`gpu.py`)", "\n".join(parts), arguments.append)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import base64
 import contextlib
-import datetime
 import io
 import itertools
 import os
@@ -32,10 +31,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
 from openai import AsyncOpenAI
 from PIL import Image
+from reports import publish, table
 
 from neo_hf.loading import EXAMPLE_IMAGE, NANO, load_model_and_processor
 
@@ -151,32 +149,27 @@ def main():
 
     versions = "import transformers, vllm; print(f'vLLM {vllm.__version__} with {transformers.__version__}')"
     versions = subprocess.check_output([arguments.vllm_python, "-c", versions], text=True).splitlines()[-1]
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, {versions}"
 
     with tempfile.TemporaryDirectory() as folder:
         for part in load_model_and_processor(arguments.model):
             part.save_pretrained(folder)  # with the code that `transformers serve` loads
         results = compare(folder, arguments)
 
-    lines = ["| requests | at once | server | requests/s | first token | errors | ratio |", "| --- " * 7 + "|"]
+    header = ["requests", "at once", "server", "requests/s", "first token", "errors", "ratio"]
+    rows = []
     for kind, concurrency in itertools.product(("image", "text"), arguments.concurrency):
         for server in ("transformers serve", "vLLM"):
             rate, first, errors = results[server, kind, concurrency]
             ratio = rate / (results["transformers serve", kind, concurrency][0] or float("nan"))
-            lines.append(
-                f"| {kind} | {concurrency} | {server} | {rate:.1f} | {first * 1000:,.0f} ms | {errors} | {ratio:.2f} |"
-            )
-    report = f"""## {datetime.date.today().isoformat()}, {os.cpu_count()} cores
-
-float32, {arguments.threads} thread(s) for each server, {versions}.
-
-### Serving (`serving.py`)
-
-""" + "\n".join(lines)
-    print(report)
-    if arguments.append:
-        with arguments.append.open("a") as file:
-            file.write(f"\n{report}\n")
+            first = f"{first * 1000:,.0f} ms"
+            rows.append([kind, concurrency, server, f"{rate:.1f}", first, errors, f"{ratio:.2f}"])
+    publish(
+        f"{os.cpu_count()} cores",
+        ["float32", f"{arguments.threads} thread(s) for each server", versions],
+        "Serving (`serving.py`)",
+        table(header, rows),
+        arguments.append,
+    )
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ narrow model and short prompts.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from reports import publish, table
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -357,11 +356,6 @@ def megabytes(x):
     return "-" if x is None else f"{x:,.0f} MB"
 
 
-def table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
 def report(results):
     """The results as Markdown."""
     parts = ["Time to first token and peak memory (beyond weights and inputs) against Qwen3-VL:\n"]
@@ -422,13 +416,11 @@ def report(results):
     return "\n".join(parts)
 
 
-def plot(results, path):
-    import matplotlib
+def plot(results):
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.8))
+    figure = Figure(figsize=(13, 3.8), layout="tight")
+    left, middle, right = figure.subplots(1, 3)
     prefill = results["prefill"]
     for i, name in enumerate(("ideal", "neo", "eager")):
         bars = [(x + 0.27 * i, r[name] / r["ideal"]) for x, r in enumerate(prefill.values()) if name in r]
@@ -445,8 +437,7 @@ def plot(results, path):
         panel.set_xticks([x + 0.27 for x in range(len(cases))], [str(case) for case in cases], fontsize=8)
         panel.set(title=title)
         panel.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def main():
@@ -484,16 +475,14 @@ def main():
         results[name] = parts[name]()
 
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    date = datetime.date.today().isoformat()
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    text = f"## {date}, {device}\n\n{platform.machine()}, {dtype_name()}, {versions}.\n\n"
-    text += f"### Speed (`speed.py{options}`)\n\n{report(results)}"
-    print(text)
-    if arguments.append:
-        image = arguments.append.with_name(f"speed-{date}-{DEVICE}-{dtype_name()}.png")
-        plot(results, image)
-        with arguments.append.open("a") as file:
-            file.write(f"\n{text}\n![Prefill, time to first token, decoding]({image.name})\n")
+    publish(
+        device,
+        [dtype_name()],
+        f"Speed (`speed.py{options}`)",
+        report(results),
+        arguments.append,
+        (f"speed-{DEVICE}-{dtype_name()}", "Prefill, time to first token, decoding", lambda: plot(results)),
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import yaml
 from transformers import BitsAndBytesConfig, HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
 
 from neo_hf import NeoConfig, NeoForConditionalGeneration
-from neo_hf.loading import NANO, load_model_and_processor, load_processor
+from neo_hf.loading import load_model_and_processor, load_processor, resolve_model
 from neo_hf.publishing.model_card import read_license
 from neo_hf.training import (
     NeoTrainer,
@@ -90,7 +90,7 @@ def parse_arguments(argv: list[str]):
 
 
 def load(arguments: ModelArguments):
-    name = NANO if arguments.model == "nano" else arguments.model
+    name = resolve_model(arguments.model)
     options: dict[str, Any] = {"dtype": arguments.dtype}
     if arguments.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(

@@ -19,6 +19,16 @@ NANO = Path(__file__).parent / "nano"  # the model that comes with the package
 EXAMPLE_IMAGE = NANO / "scene.png"  # a sample image for it
 
 
+def resolve_model(name: str) -> str:
+    """
+    What a name on a command line stands for: `nano` is the model that comes with the package, unless a model lies in a
+    folder of that name. Other names are returned as they are.
+    """
+    if name == "nano" and not os.path.exists(os.path.join(name, "config.json")):
+        return str(NANO)
+    return name
+
+
 def check_available(name_or_path: str | os.PathLike):
     """
     Check that a model is a folder, in the cache or on the Hub. This sends at most one request; transformers would

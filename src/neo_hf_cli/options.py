@@ -6,12 +6,12 @@ import typer
 
 
 def resolve_model(name: str | None) -> str | None:
-    """What `nano` stands for; other names are returned as they are."""
+    """As `neo_hf.loading.resolve_model`, which only `nano` needs."""
     if name != "nano":
         return name
-    from neo_hf.loading import NANO
+    from neo_hf import loading
 
-    return str(NANO)
+    return loading.resolve_model(name)
 
 
 def resolve_image(file: str) -> str:

@@ -69,6 +69,7 @@ def check_data(
     from neo_hf.training import Source, checks
     from neo_hf.training.arguments import parse_columns
     from neo_hf.training.planning import plan_run
+    from neo_hf.training.sequence_parallel import check_divides
 
     settings = yaml.safe_load(Path(recipe).read_text()) if recipe else {}
     max_length = max_length or settings.get("max_length")
@@ -76,7 +77,11 @@ def check_data(
     for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
         if (value := value or settings.get(name)) is not None:
             setattr(processor.image_processor, name, value)
-    columns = parse_columns(column)
+    root = root or settings.get("data_root")
+    named = settings.get("columns", [])  # one of them is not a list in every recipe
+    columns = parse_columns(column or ([named] if isinstance(named, str) else named))
+    group = settings.get("sequence_parallel_size", 1)
+    check_divides(group, processes, "--processes")
     sources = [Source(name, root=root, name=name, columns=columns) for name in data]
     reports = [checks.check_source(source, processor, limit) for source in sources]
 
@@ -111,13 +116,15 @@ def check_data(
     else:
         tokens = max((max(r.lengths, default=0) for r in reports), default=0)
     batch = settings.get("per_device_train_batch_size", 8)
-    per_step = batch * settings.get("gradient_accumulation_steps", 1) * processes
+    per_step = batch * settings.get("gradient_accumulation_steps", 1) * processes // group
     print(f"  steps       {num_rows / per_step:,.1f}, {per_step:,} {'rows' if max_length else 'samples'} each")
     if max_steps := settings.get("max_steps"):
         print(f"  passes      {max_steps * per_step / max(num_rows, 1):,.1f} in {max_steps:,} steps")
 
     print("\nMemory, estimated")
-    if tokens:
+    if settings.get("lora_rank") or group > 1:
+        print("  device      not estimated with adapters or sequence parallelism")
+    elif tokens:
         plan = plan_run(
             NeoConfig.from_pretrained(model_name),
             settings.get("stage", "sft"),
@@ -170,6 +177,8 @@ def plan(
     settings = yaml.safe_load(Path(recipe).read_text()) if recipe else {}
     if settings.get("lora_rank"):
         raise ValueError(f"{recipe} trains adapters; a plan is of a stage that trains the weights themselves.")
+    if (group := settings.get("sequence_parallel_size", 1)) > 1:
+        raise ValueError(f"{recipe} divides rows among {group} processes; a plan is of whole rows in each.")
     stage = stage or settings.get("stage", "sft")
     max_length = max_length or settings.get("max_length")
     max_steps = max_steps or settings.get("max_steps")

@@ -72,6 +72,21 @@ def test_recipe_and_limit(data, capsys):
     assert f"device      {sum(plan.memory.values()) / 1e9:.2f} GB at least" in out
 
 
+@pytest.mark.parametrize(("settings", "per_step"), [({"lora_rank": 8}, 16), ({"sequence_parallel_size": 4}, 4)])
+def test_all_of_the_recipe_counts(data, capsys, settings, per_step):
+    """Where the data is and how it is called; and there is no estimate of memory that would be that of another run."""
+    (data / "pairs.json").write_text(json.dumps([{"jpg": "a.png", "txt": "Yes."}] * 20))
+    settings |= {"data_root": str(data), "columns": ["image=jpg", "caption=txt"], "per_device_train_batch_size": 1}
+    (data / "recipe.yaml").write_text(json.dumps({**settings, "max_length": 256}))
+    code, out, _ = run(capsys, data / "pairs.json", "--recipe", data / "recipe.yaml", "--processes", 16)
+    assert (code, "samples     20, with 20 images" in out) == (0, True)
+    assert f", {per_step} rows each" in out
+    assert "device      not estimated with adapters or sequence parallelism" in out
+    if "sequence_parallel_size" in settings:
+        code, _, err = run(capsys, data / "pairs.json", "--recipe", data / "recipe.yaml")
+        assert (code, "must divide --processes" in err) == (1, True)
+
+
 def test_columns_and_errors(data, capsys):
     (data / "pairs.json").write_text(json.dumps([{"jpg": "a.png", "txt": "Yes."}]))
     columns = ("--column", "image=jpg", "--column", "caption=txt")

@@ -1,6 +1,7 @@
 import copy
 import io
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -14,7 +15,7 @@ from helpers import GOLDEN, image_message
 from neo_hf import __version__, loading
 from neo_hf.cache_neo import CACHE_NAME
 from neo_hf.image_processing_neo import load_image
-from neo_hf.loading import load_model_and_processor
+from neo_hf.loading import NANO, load_model_and_processor
 from neo_hf_cli import main, prompts
 from neo_hf_cli.conversation import Conversation
 
@@ -184,6 +185,16 @@ def test_dtype_on_a_cpu(
 def test_info_of_a_raw_checkpoint(capsys):
     assert run("info", str(RAW)) == 0
     assert "pre-Buffer depth unknown" in capsys.readouterr().out
+
+
+def test_nano_is_a_folder_where_there_is_one(folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nano").mkdir()  # no model
+    assert run("info", "nano") == 0
+    assert f"model             {NANO}\n" in capsys.readouterr().out
+    shutil.copytree(folder, tmp_path / "nano", dirs_exist_ok=True)
+    assert run("info", "nano") == 0
+    assert "model             nano\n" in capsys.readouterr().out
 
 
 def test_raw_checkpoint_with_tokenizer(tmp_path, tokenizer):

@@ -146,11 +146,14 @@ def test_documented_output(capsys, monkeypatch):
     assert run(capsys, *command.split())[:2] == (0, shown)
 
 
-def test_command_refuses(capsys):
+def test_command_refuses(capsys, tmp_path):
     recipe = ROOT / "examples" / "recipes" / "2b-qlora.yaml"
+    parallel = tmp_path / "parallel.yaml"
+    parallel.write_text("sequence_parallel_size: 4\nmax_length: 256\n")
     for argv, message in (
         ((), "give --max-length or --recipe"),
         (("--recipe", recipe), "2b-qlora.yaml trains adapters"),
+        (("--recipe", parallel), "parallel.yaml divides rows among 4 processes"),
         (("--max-length", 256, "--gpu", "T4"), "gpu must be one of A100, .*, got 'T4'"),
         (("--max-length", 256, "--mfu", 40), "mfu must be above 0 and at most 1, got 40"),
     ):

@@ -46,7 +46,7 @@ def prompts(nano):
 def engine(start):
     # An image takes up to 64 tokens, so steps of 96 cut most prompts and would cut many images.
     settings = {"videos_kwargs": {"max_pixels": MAX_PIXELS}}
-    return start(NANO, max_num_batched_tokens=96, block_size=32, mm_processor_kwargs=settings)
+    return start("nano", max_num_batched_tokens=96, block_size=32, mm_processor_kwargs=settings)
 
 
 def test_chunked_prefill(engine, prompts):

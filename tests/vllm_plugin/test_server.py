@@ -1,12 +1,12 @@
 """vLLM's HTTP server with the tests of `transformers serve`, videos, and clients that misbehave."""
 
-import base64
 import os
 import re
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from clients.test_serving import (  # noqa: F401  (run here against vLLM)
@@ -16,8 +16,10 @@ from clients.test_serving import (  # noqa: F401  (run here against vLLM)
     expected,
     test_server,
     test_server_survives,
+    test_server_with_videos,
     text,
 )
+from docs.test_docs import run  # noqa: F401
 from helpers import free_port, greedy_answer, wait_for_server
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
@@ -47,18 +49,27 @@ def server(hub_folder, clips, tmp_path_factory):
         process.wait()
 
 
+@pytest.fixture(scope="module")
+def video_dialect():
+    return "mm_processor_kwargs", Path.as_uri
+
+
 @pytest.mark.parametrize(
-    "settings", [{}, {"num_frames": 3}, {"fps": 2.0}, {"num_frames": 2, "video_style": "bare"}, {"max_pixels": 8192}]
+    "settings", [{}, {"fps": 2.0}, {"num_frames": 2, "video_style": "bare"}, {"max_pixels": 8192}]
 )
 def test_videos(ask, real_vocabulary_model, processor, clips, settings):  # noqa: F811
     path = clips / "carphone_pristine.mp4"
     words = {"type": "text", "text": "Hm?"}
     messages = [{"role": "user", "content": [{"type": "video", "path": str(path)}, words]}]
     answer = greedy_answer(real_vocabulary_model, processor, messages, processor_kwargs=settings)
-    for url in (path.as_uri(), f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"):
-        content = [{"type": "video_url", "video_url": {"url": url}}, words]
-        found = ask([{"role": "user", "content": content}], extra_body={"mm_processor_kwargs": settings})
-        assert text(found) == answer
+    content = [{"type": "video_url", "video_url": {"url": path.as_uri()}}, words]
+    found = ask([{"role": "user", "content": content}], extra_body={"mm_processor_kwargs": settings})
+    assert text(found) == answer
+
+
+def test_page(run, server, hub_folder):  # noqa: F811
+    """The Python of the page on serving, as printed."""
+    run("docs/serving.md", **{"http://localhost:8000": server, 'model="NEO-2B"': f'model="{hub_folder}"'})
 
 
 def test_settings_for_another_server_are_refused(ask, conversations):  # noqa: F811

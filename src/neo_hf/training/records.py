@@ -23,11 +23,12 @@ Other formats:
   the other has `None`.
 - Several conversations in one record, as a list of records or of lists of turns: a sample for each of them.
 - Records of a WebDataset: fields `json`, with any of the above; images (`jpg`, `0.png`, ...), in the order of their
-  names; `txt`, the caption if there are images.
+  names, `2.png` before `10.png`; `txt`, the caption if there are images.
 """
 
 import base64
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -83,12 +84,17 @@ def prepare_records(record: Any, columns: Mapping[str, str]) -> list:
 
 def _name_fields(record: dict) -> dict:
     """A record of a WebDataset, whose fields are named after the suffixes of files, with names of columns instead."""
-    images = [record[name] for name in sorted(record) if name.lower().endswith(IMAGE_SUFFIXES)]
+    images = [record[name] for name in sorted(record, key=_split_numbers) if name.lower().endswith(IMAGE_SUFFIXES)]
     if images and not _column(record, "image"):
         record = {**record, "images": [image for image in images if image is not None]}
     if record.get("txt") is not None:
         record = {"caption" if images else "text": record["txt"], **record}
     return record
+
+
+def _split_numbers(name: str) -> list:
+    """A name to sort by, its numbers as such: 2.png comes before 10.png."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def _split_conversations(record: dict) -> list[dict]:

@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -73,6 +74,8 @@ class NeoTrainer(Trainer):
     - A `SampleStream`, or a `PackedDataset` of one, gives each process its own share. A checkpoint holds where it is,
       and a resumed run continues there (`StreamLoader`), where `Trainer` reads again what was seen. With
       `ignore_data_skip`, it begins the stream anew. `epoch` in the log is the share of the run that is done.
+    - With bf16, `loss_weight`, its sum and the losses stay float32 under FSDP2 and DeepSpeed too, where accelerate and
+      `Trainer` would round them.
     - Patches that are uint8 are normalised on the device, with the settings of the processor.
     - Weight decay spares all norms. `Trainer` does not know `q_norm_h` and the like by their names.
     - The model computes logits only if they are used.
@@ -118,6 +121,14 @@ class NeoTrainer(Trainer):
                 f"sequence_parallel_size={sequence_parallel_size} cannot be combined with {' or '.join(found)}."
             )
         self._sequence_parallel = SequenceParallel(self.model, sequence_parallel_size)
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.accelerator.is_fsdp2 and (policy := self.accelerator.state.fsdp_plugin.mixed_precision_policy):
+            # As it is, the policy rounds what goes into and comes out of each unit: loss weights, their sum, the loss.
+            # Everything else has the dtype of the gathered weights anyway.
+            exact = replace(policy, cast_forward_inputs=False, output_dtype=None)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = exact
 
     def get_sp_size(self) -> int:
         """The number of processes that train on the same rows."""
@@ -180,7 +191,10 @@ class NeoTrainer(Trainer):
         self._stream_loader.load_state_dict(torch.load(path, weights_only=True))
 
     def _prepare_inputs(self, inputs):
+        loss_weight = inputs.get("loss_weight")
         inputs = super()._prepare_inputs(inputs)
+        if loss_weight is not None:  # with DeepSpeed, `Trainer` rounds floats to the dtype of the model
+            inputs["loss_weight"] = loss_weight.to(self.args.device)
         patches = inputs.get("pixel_values")
         if patches is not None and patches.dtype == torch.uint8:
             image_processor = getattr(self.processing_class, "image_processor", None)

@@ -12,7 +12,7 @@ TOKENIZER_MODE = "neo"
 
 def register():
     """Tell vLLM about NEO's configuration, model, processor and scheduling. May be called any number of times."""
-    from .configuration import NeoArchitecture, NeoSettings
+    from .configuration import NeoArchitecture, NeoSettings, accept_nano
 
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -20,6 +20,7 @@ def register():
     from vllm.tokenizers.registry import TokenizerRegistry
     from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
+    accept_nano()
     MODEL_ARCH_CONFIG_CONVERTORS[NeoConfig.model_type] = NeoArchitecture
     MODELS_CONFIG_MAP[ARCHITECTURE] = NeoSettings
     TokenizerRegistry.tokenizers[TOKENIZER_MODE] = ("neo_hf.vllm.tokenization", "NeoTokenizer")

@@ -1,15 +1,40 @@
 """What vLLM must know about NEO before it builds anything, and the settings that NEO's attention depends on."""
 
 from .. import NeoConfig
+from ..loading import resolve_model
 from . import TOKENIZER_MODE
 
+from functools import cache, wraps
+
 from vllm.config import ModelConfig, VllmConfig
+from vllm.engine import arg_utils
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 SCHEDULER = "neo_hf.vllm.scheduling.make_scheduler"
+
+
+@cache  # or each call would wrap the functions once more
+def accept_nano():
+    """
+    Let `nano` name NEO-nano. vLLM has no place to register a name, so this wraps what uses the name of a model first:
+    offline, `get_model_path`, which looks for its folder; otherwise `create_engine_config`, which asks the Hub.
+    """
+    get_model_path, create_engine_config = arg_utils.get_model_path, arg_utils.EngineArgs.create_engine_config
+
+    @wraps(get_model_path)
+    def get_path(model, *args, **kwargs):
+        return get_model_path(resolve_model(model), *args, **kwargs)
+
+    @wraps(create_engine_config)
+    def create_config(self, *args, **kwargs):
+        self.model = resolve_model(self.model)
+        return create_engine_config(self, *args, **kwargs)
+
+    arg_utils.get_model_path = get_path
+    arg_utils.EngineArgs.create_engine_config = create_config
 
 
 class NeoArchitecture(ModelArchConfigConvertorBase):
