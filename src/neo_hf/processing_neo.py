@@ -413,6 +413,10 @@ def _check_messages(messages) -> list[dict]:
                 kind = part.get("type") if isinstance(part, dict) else part
                 if kind not in PART_TYPES:
                     raise ValueError(f"A message part must be of type 'text', 'image' or 'video', got {kind!s:.200}.")
+                if kind == "text" and not isinstance(part.get("text"), str):
+                    raise ValueError(f"A part of type 'text' must have a 'text', a string, got {part!r:.200}.")
+        elif content is None and message["role"] == "user":
+            raise ValueError(f"A user's message must have a 'content', text or a list of parts, got {message!r:.200}.")
         elif not isinstance(content, (str, type(None))):
             raise ValueError(f"The content of a message must be text or a list of parts, got {content!r:.200}.")
         checked.append(message)

@@ -294,6 +294,8 @@ def test_text_without_special_tokens_is_tokenized_as_before(processor, tokenizer
             "must follow a user's, got it after the assistant's",
         ),
         ([{"role": "user", "content": 3}], "must be text or a list of parts, got 3"),
+        ([{"role": "user", "contents": "Hi"}], "must have a 'content', .* got .*'contents'"),
+        ([{"role": "user", "content": [{"type": "text", "txt": "Hi"}]}], "must have a 'text', a string, got .*'txt'"),
         ([user({"type": "audio", "url": "/etc/hostname"})], "got audio"),
     ],
 )
