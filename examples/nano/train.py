@@ -33,8 +33,8 @@ TASKS = ("caption", "attribute", "relation", "count", "change", "motion", "digit
 @dataclass
 class Stage:
     """
-    Steps, and the weight of each kind of sample. The learning rates, `peak` times those of the run, decay over the last
-    `decay` of the steps.
+    Steps, and the weight of each kind of sample. The learning rates, `peak` times those of the run, decay over the
+    last `decay` of the steps.
     """
 
     steps: int

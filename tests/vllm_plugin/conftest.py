@@ -15,7 +15,8 @@ if find_spec("vllm"):
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
 # NEO-nano's tokenizer is in the folder of each tiny model.
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-NANO_IDS = {"image_token_id": 498, "image_start_token_id": 499, "image_end_token_id": 500}
+NANO_CONFIG = json.loads((NANO / "config.json").read_text())
+NANO_IDS = {name: NANO_CONFIG[name] for name in RAW_TOKEN_ID_NAMES}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def wide_folder(tmp_path_factory):
     """A random model with NEO-9B's ratio of heads, four to one, tied."""
     folder = tmp_path_factory.mktemp("wide") / "hub"
     text = {"num_attention_heads": 8, "num_key_value_heads": 2, "eos_token_id": 2}
-    config = tiny_config(511, text_config=text, tie_word_embeddings=True)
+    config = tiny_config(NANO_CONFIG["text_config"]["vocab_size"], text_config=text, tie_word_embeddings=True)
     for name, token_id in NANO_IDS.items():
         setattr(config, name, token_id)
     random_model(config).save_pretrained(folder)
