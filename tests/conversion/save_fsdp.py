@@ -1,5 +1,6 @@
 """Save a sharded model as the Trainer does under FSDP: torchrun --nproc-per-node 2 save_fsdp.py RAW OUT"""
 
+import os
 import sys
 
 import torch.distributed as dist
@@ -19,3 +20,4 @@ for layer in model.model.language_model.layers:
 fully_shard(model, mesh=mesh)
 dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=out)
 dist.destroy_process_group()
+os._exit(0)  # at Python's own end, threads of Gloo that still hold tensors can abort the process

@@ -1,5 +1,6 @@
 """Save a ZeRO checkpoint: DS_ACCELERATOR=cpu torchrun --nproc-per-node 2 save_zero.py RAW OUT STAGE"""
 
+import os
 import sys
 
 import deepspeed
@@ -23,3 +24,4 @@ engine, *_ = deepspeed.initialize(
 )
 engine.save_checkpoint(out)
 torch.distributed.destroy_process_group()
+os._exit(0)  # at Python's own end, threads of Gloo that still hold tensors can abort the process

@@ -1,6 +1,8 @@
 """Run examples/train.py where accelerate expects accelerators: FSDP and DeepSpeed themselves also run on CPUs."""
 
 import importlib.util
+import os
+import sys
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,3 +28,5 @@ def parse_then_distribute(argv):
 train.parse_arguments = parse_then_distribute
 train.main()
 dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # at Python's own end, threads of Gloo that still hold tensors can abort the process
