@@ -28,7 +28,7 @@ def test_five_minutes_on_a_cpu(tmp_path):
         return done.stdout
 
     run(draw_and_train)
-    answers = (tmp_path / "nano-colors" / "answers" / "step-100.md").read_text()
+    answers = (tmp_path / "nano-colors" / "answers" / "step-150.md").read_text()
     assert int(re.search(r"(\d+) of 60 answers", answers)[1]) >= 55
     assert re.fullmatch("pink|brown|cyan", run(chat).strip())
 
@@ -44,7 +44,7 @@ def test_five_minutes_on_a_cpu(tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    assert listing.startswith("Left out: answers/, checkpoint-100/, trainer_state.json, training_args.bin.\n")
+    assert listing.startswith("Left out: answers/, checkpoint-150/, trainer_state.json, training_args.bin.\n")
     card = (tmp_path / "nano-colors" / "README.md").read_text()
     assert "from `nano` on `train.jsonl`" in card
-    assert re.search(r"\| 100 \| [\d.]+ \| [\d.]+ \|", card)
+    assert re.search(r"\| 150 \| [\d.]+ \| [\d.]+ \|", card)
