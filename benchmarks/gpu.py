@@ -1,7 +1,7 @@
 """
 NEO-2B on a GPU, compared with its other attention paths and with Qwen3-VL-2B.
 
-    python benchmarks/gpu.py [--append benchmarks/RESULTS.md]
+    python benchmarks/gpu.py [--parts attention training] [--append benchmarks/RESULTS.md]
 
 Random weights at full depth, bfloat16. Measured are attention alone (FlexAttention with the kernel options that the
 project chooses, with PyTorch's and with those for small cards; SDPA with a dense mask; SDPA's fast kernels, called for
@@ -24,6 +24,7 @@ from reports import publish, table
 from speed import (
     DEVICE,
     DTYPE,
+    TEXT_TOKENS,
     TINY,
     WIDTHS,
     build_neo,
@@ -211,32 +212,54 @@ def measure_decoding(neo, qwen, images, side, tokens):
     return per_token
 
 
-def measure_training(build, make_inputs, implementations, rows, side, text, tiny):
-    """
-    A step of AdamW with checkpointed layers, and the operations of the model in it: for a packed row (NEO), or a batch
-    of documents of the same length (Qwen3-VL).
-    """
-    model = build().train()
-    model.gradient_checkpointing_enable()
+def measure_training(model, inputs, modes, rounds=3):
+    """A step of AdamW in each of `modes`, {name: function that prepares the model}."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    ids, grids = image_prompt(rows, side, text)
-    inputs = make_inputs(ids, grids)
-    if implementations:
-        documents = torch.arange(rows, device=DEVICE).repeat_interleave(ids.shape[1] // rows)[None]
-        inputs |= {"document_ids": documents, "skip_logits": True, "labels": ids}
-    else:
-        inputs = {k: x.view(rows, -1) if k in ("input_ids", "mm_token_type_ids") else x for k, x in inputs.items()}
-        inputs["labels"] = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] == 1, -100)
 
-    def step():
+    def step(prepare):
+        prepare()
         model(**inputs, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    functions = by_implementation(model, step) if implementations else {"Qwen3-VL": step}
-    results = compare({name: functions[name] for name in implementations or functions}, 3)
-    operations = training_operations(model, ids, grids, documents) if implementations else None
-    return results, operations
+    return compare({name: partial(step, prepare) for name, prepare in modes.items()}, rounds)
+
+
+def measure_neo_training(model, ids, grids, documents):
+    """On a packed row: layers checkpointed or not, compiled one by one or not."""
+    layers = model.get_decoder().layers
+    for layer in layers:
+        layer.compile()
+    compiled = [layer._compiled_call_impl for layer in layers]
+
+    def mode(implementation, is_checkpointed, is_compiled):
+        def prepare():
+            model.set_attn_implementation(implementation)
+            model.gradient_checkpointing_enable() if is_checkpointed else model.gradient_checkpointing_disable()
+            for layer, call in zip(layers, compiled, strict=True):
+                layer._compiled_call_impl = call if is_compiled else None
+
+        return prepare
+
+    inputs = neo_inputs(ids, grids) | {"document_ids": documents, "skip_logits": True, "labels": ids}
+    return measure_training(
+        model,
+        inputs,
+        {
+            "checkpointed": mode("neo", True, False),
+            "checkpointed, SDPA": mode("sdpa", True, False),
+            "checkpointed, compiled": mode("neo", True, True),
+            "compiled": mode("neo", False, True),
+        },
+    )
+
+
+def measure_qwen_training(model, ids, grids, rows):
+    """On a batch of documents of the same length, which needs no packing."""
+    inputs = qwen_inputs(ids, grids)
+    inputs = {k: x.view(rows, -1) if k in ("input_ids", "mm_token_type_ids") else x for k, x in inputs.items()}
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] == 1, -100)
+    return measure_training(model, inputs, {"Qwen3-VL, checkpointed": model.gradient_checkpointing_enable})
 
 
 def training_operations(model, ids, grids, documents):
@@ -270,65 +293,93 @@ def cells(results, unit=1e3):
     return line
 
 
+def report_attention(tiny):
+    side, text, counts = (4, 6, (2, 3)) if tiny else (32, 14, (1, 4, 16))
+    lines = []
+    for images in tqdm(counts, "attention", file=sys.stderr):
+        for step, results in measure_attention(images, side, text, tiny).items():
+            lines.append([f"{images * (side**2 + text + 2):,}", step, *cells(results)])
+    return "Attention of one layer:\n\n" + table(["tokens", "", *results], lines)
+
+
+def report_first_token(tiny):
+    side, counts = (4, (2, 3)) if tiny else (32, (1, 4, 16))
+    neo, qwen = build_models(tiny)
+    lines = []
+    for images in tqdm(counts, "first token", file=sys.stderr):
+        results = measure_first_token(neo, qwen, images, side)
+        lines.append([f"{images * (side**2 + TEXT_TOKENS + 2):,}", *cells(results)])
+    return "Time to first token:\n\n" + table(["tokens", *results], lines)
+
+
+def report_decoding(tiny):
+    images, side, tokens = (3, 4, 4) if tiny else (4, 32, 64)
+    results = measure_decoding(*build_models(tiny), images, side, tokens)
+    names = [f"{name}, {cache} cache" for name, cache in results]
+    return f"A decoding step of `generate()` after {images} images:\n\n" + table(names, [cells(results)])
+
+
+def report_training(tiny):
+    rows, side, text = (2, 4, 16) if tiny else (16, 22, 538)
+    ids, grids = image_prompt(rows, side, text)
+    documents = torch.arange(rows, device=DEVICE).repeat_interleave(ids.shape[1] // rows)[None]
+    neo = build_models(tiny, names=("neo",))[0].train()
+    operations = training_operations(neo, ids, grids, documents)
+    results = measure_neo_training(neo, ids, grids, documents)
+    del neo
+    gc.collect()
+    results |= measure_qwen_training(build_models(tiny, names=("qwen",))[0].train(), ids, grids, rows)
+    title = (
+        f"A training step on {ids.numel():,} tokens, {rows} documents, and NEO's share of the card's peak rate (MFU):"
+    )
+    rates = [mfu(operations, results[name]) for name in list(results)[:-1]]
+    return f"{title}\n\n" + table(list(results), [cells(results), [*rates, ""]])
+
+
+def mfu(operations, result):
+    peak = next(
+        (rate for name, rate in PEAKS.items() if DEVICE == "cuda" and name in torch.cuda.get_device_name()), None
+    )
+    if isinstance(result, str) or peak is None:
+        return ""
+    rate = operations / result[0]
+    return f"{rate / peak:.0%} ({rate / 1e12:,.0f} TFLOP/s)"
+
+
+def build_models(tiny, names=("neo", "qwen")):
+    build = {
+        "neo": partial(build_neo, 2 if tiny else 40, tiny=tiny),
+        "qwen": partial(build_qwen, tiny, *((2, 2, (0,)) if tiny else (28, 24, (5, 11, 17)))),
+    }
+    return [build[name]() for name in names]
+
+
+REPORTS = {
+    "attention": report_attention,
+    "first-token": report_first_token,
+    "decoding": report_decoding,
+    "training": report_training,
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=list(REPORTS), default=list(REPORTS), help="what to measure")
     parser.add_argument("--append", type=Path, help="file that the results are added to")
     parser.add_argument("--tiny", action="store_true", help="see that it runs")
     arguments = parser.parse_args()
-    tiny = arguments.tiny
-    if DEVICE != "cuda" and not tiny:
+    if DEVICE != "cuda" and not arguments.tiny:
         parser.error("no CUDA device was found; --tiny runs a smoke test without one")
     transformers.logging.set_verbosity_error()
 
-    side, text, counts, rows = (4, 6, (2, 3), 2) if tiny else (32, 14, (1, 4, 16), 16)
-    size = side**2 + text + 2
-    layers = 2 if tiny else 40
-    make_neo = partial(build_neo, layers, tiny=tiny)
-    make_qwen = partial(build_qwen, tiny, *((2, 2, (0,)) if tiny else (28, 24, (5, 11, 17))))
     parts = ["Each cell: time, its ratio to the first of the row, peak memory.\n"]
-    progress = tqdm(total=2 * len(counts) + 2, file=sys.stderr)
-
-    def begin(name):
-        progress.set_description(name)
-        progress.update()
-
-    lines = []
-    for images in counts:
-        begin(f"attention, {images} images")
-        for step, results in measure_attention(images, side, text, tiny).items():
-            lines.append([f"{images * size:,}", step, *cells(results)])
-    parts += ["Attention of one layer:\n", table(["tokens", "", *results], lines)]
-
-    neo, qwen = make_neo(), make_qwen()
-    lines = []
-    for images in counts:
-        begin(f"first token, {images} images")
-        results = measure_first_token(neo, qwen, images, side)
-        lines.append([f"{images * (side**2 + 16):,}", *cells(results)])
-    parts += ["Time to first token:\n", table(["tokens", *results], lines)]
-
-    begin("decoding")
-    results = measure_decoding(neo, qwen, counts[1], side, 4 if tiny else 64)
-    names = [f"{name}, {cache} cache" for name, cache in results]
-    parts += [f"A decoding step of `generate()` after {counts[1]} images:\n", table(names, [cells(results)])]
-    del neo, qwen
-    gc.collect()
-    torch.cuda.empty_cache()
-
-    begin("training")
-    side, text = (4, 16) if tiny else (22, 538)
-    results, operations = measure_training(make_neo, neo_inputs, ("neo", "sdpa"), rows, side, text, tiny)
-    gc.collect()
-    results |= measure_training(make_qwen, qwen_inputs, (), rows, side, text, tiny)[0]
-    tokens = rows * (side**2 + text + 2)
-    parts += [f"A training step on {tokens:,} tokens, {rows} documents:\n", table(list(results), [cells(results)])]
-    progress.close()
-
+    for name in arguments.parts:
+        parts.append(REPORTS[name](arguments.tiny))
+        print(parts[-1], file=sys.stderr)  # not lost if a later part fails
+        gc.collect()
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
     card = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
-    peak = next((rate for name, rate in PEAKS.items() if name in card), None)
-    if peak and not isinstance(results["neo"], str):
-        rate = operations / results["neo"][0]
-        parts.append(f"NEO trains at {rate / 1e12:,.0f} TFLOP/s, {rate / peak:.0%} of the peak of the data sheet.\n")
     publish(card, [str(DTYPE).removeprefix("torch.")], "GPU (`gpu.py`)", "\n".join(parts), arguments.append)
 
 

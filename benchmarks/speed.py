@@ -48,8 +48,8 @@ def build_neo(layers, implementation="neo", tiny=False, dtype=DTYPE, **text_conf
         image_start_token_id=START,
         image_end_token_id=END,
     )
-    model = NeoForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=implementation)
-    return model.eval().to(DEVICE)
+    with torch.device(DEVICE):
+        return NeoForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=implementation).eval()
 
 
 def build_qwen(tiny=False, layers=3, vision_layers=2, taps=(0,), dtype=DTYPE):
@@ -71,8 +71,8 @@ def build_qwen(tiny=False, layers=3, vision_layers=2, taps=(0,), dtype=DTYPE):
         vision_end_token_id=END,
         tie_word_embeddings=True,
     )
-    model = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return model.eval().to(DEVICE)
+    with torch.device(DEVICE):
+        return Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
 
 
 def image_prompt(images, side, text=TEXT_TOKENS):

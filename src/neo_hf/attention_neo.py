@@ -84,13 +84,13 @@ def plan_attention(
             mask = find_key_runs(position_ids, mask, document_ids, cache)
 
     if isinstance(mask, KeyRuns):
-        if implementation == "flex_attention" and _can_compile(inputs_embeds.device):
-            return attend_by_blocks, mask
-        if implementation == "neo" and mask.is_gapless and not dropout:
-            if on_cpu:
-                return attend_by_tiles, mask
-            is_worth_it = inputs_embeds.device.type == "cuda" and length >= MIN_FLEX_LENGTH and not mask.is_causal
-            if is_worth_it and _can_compile(inputs_embeds.device):
+        is_default = implementation == "neo" and mask.is_gapless and not dropout
+        if is_default and on_cpu:
+            return attend_by_tiles, mask
+        is_long = inputs_embeds.device.type == "cuda" and length >= MIN_FLEX_LENGTH and not mask.is_causal
+        if implementation == "flex_attention" or (is_default and is_long):
+            if _can_compile(inputs_embeds.device):
+                _ = mask.block_mask  # built here, once: layers that are compiled one by one would each build it
                 return attend_by_blocks, mask
         mask = None if mask.is_causal and implementation != "eager" else mask.dense()
     elif isinstance(mask, BlockMask):
@@ -424,6 +424,7 @@ def _weights(
     return torch.softmax(scores, -1, out=scores)
 
 
+@torch.compiler.disable  # tiles depend on values: a compiled layer would be compiled anew for each layout
 def attend_by_tiles(module, query, key, value, attention_mask: KeyRuns, scaling: float, **kwargs):
     """query (B, A, L, D), key (B, K, S, D), value (B, K, S, V) -> (B, L, A, V), `None`; same shapes below."""
     return TiledAttention.apply(query, key, value, attention_mask, scaling), None
