@@ -40,6 +40,7 @@ MIN_FLEX_LENGTH = 1024
 
 # Shared memory per thread block, in bytes, of consumer cards and related ones (RTX 3090, 4090 and 5090, A10, L40S).
 SMALL_SHARED_MEMORY = 101_376
+HOPPER = (9, 0)  # compute capability of H100 and H200
 MAX_FLEX_GRAPHS = 64
 
 
@@ -88,10 +89,10 @@ def plan_attention(
         if is_default and on_cpu:
             return attend_by_tiles, mask
         is_long = inputs_embeds.device.type == "cuda" and length >= MIN_FLEX_LENGTH and not mask.is_causal
-        if implementation == "flex_attention" or (is_default and is_long):
-            if _can_compile(inputs_embeds.device):
-                _ = mask.block_mask  # built here, once: layers that are compiled one by one would each build it
-                return attend_by_blocks, mask
+        takes_blocks = implementation == "flex_attention" or (is_default and is_long)
+        if takes_blocks and _can_compile(inputs_embeds.device):
+            _ = mask.block_mask  # built here, once: layers that are compiled one by one would each build it
+            return attend_by_blocks, mask
         mask = None if mask.is_causal and implementation != "eager" else mask.dense()
     elif isinstance(mask, BlockMask):
         return attend_by_blocks, mask
@@ -452,27 +453,38 @@ def find_kernel_options(query: torch.Tensor) -> dict[str, int] | None:
     if query.device.type != "cuda" or torch.version.cuda is None:
         return None
     properties = torch.cuda.get_device_properties(query.device)
-    return kernel_options_of(query.dtype, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    capability = properties.major, properties.minor
+    return kernel_options_of(query.dtype, properties.shared_memory_per_block_optin, capability)  # type: ignore[attr-defined]
 
 
-def kernel_options_of(dtype: torch.dtype, shared_memory: int) -> dict[str, int] | None:
+def kernel_options_of(dtype: torch.dtype, shared_memory: int, capability: tuple[int, int]) -> dict[str, int] | None:
     """
-    Options of FlexAttention that make its kernels fit the shared memory of a card.
+    Options of FlexAttention that make its kernels fit the shared memory of a card, and fast where that was measured.
 
     Args:
         dtype: dtype of the queries.
         shared_memory: maximum bytes per thread block.
+        capability: compute capability.
 
     Returns:
-        `kernel_options`; `None` if PyTorch's default blocks, made for up to 160 KB, fit.
+        `kernel_options`; `None` for PyTorch's default blocks, made for up to 160 KB.
     """
-    if shared_memory > SMALL_SHARED_MEMORY:
-        return None
-    if dtype == torch.float32:  # its backward pass has small blocks anyway
-        return {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 16, "fwd_num_stages": 2, "fwd_num_warps": 4}
-    forward = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 32, "fwd_num_stages": 2, "fwd_num_warps": 8}
-    backward = dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 32)
-    return forward | backward | {"bwd_num_stages": 2, "bwd_num_warps": 4}
+    is_small = shared_memory <= SMALL_SHARED_MEMORY
+    if dtype == torch.float32:  # the backward pass has small blocks anyway
+        return _blocks("fwd", 32, 16, num_stages=2, num_warps=4) if is_small else None
+    if is_small:
+        return _blocks("fwd", 128, 32, num_stages=2, num_warps=8) | _blocks("bwd", 32, 32, num_stages=2, num_warps=4)
+    if capability == HOPPER:
+        return _blocks("fwd", 128, 64, num_stages=3, num_warps=8) | _blocks("bwd", 32, 128, num_stages=2, num_warps=8)
+    return None
+
+
+def _blocks(step: str, rows: int, columns: int, **launch: int) -> dict[str, int]:
+    """Blocks of queries (rows) and keys (columns) of the "fwd" or "bwd" kernel. The latter also loops over queries."""
+    blocks = {"BLOCK_M": rows, "BLOCK_N": columns}
+    if step == "bwd":
+        blocks = {"BLOCK_M1": rows, "BLOCK_N1": columns, "BLOCK_M2": columns, "BLOCK_N2": rows}
+    return {f"{step}_{name}": value for name, value in (blocks | launch).items()}
 
 
 def attend_one_query(module, query, key, value, attention_mask: torch.Tensor | None, scaling: float, **kwargs):
@@ -519,6 +531,13 @@ def _weighted_sums(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 def attend_by_sdpa(module, query, key, value, attention_mask: torch.Tensor | None, scaling: float, **kwargs):
     """SDPA. `attention_mask` (B, 1 or A, L, S) is boolean, True where seen, or is added to the scores."""
     width = value.shape[-1]
+    if query.shape[2] == 1 and (attention_mask is None or attention_mask.shape[1] == 1):
+        # Queries that share a key become those of one head, so that no key is repeated: (B, K, A / K, D). Compiled for
+        # CUDA, a dimension of one query would get a stride that kernels refuse.
+        query = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
+        dropout = kwargs.get("dropout", 0.0)
+        output = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
+        return output.flatten(1, 2)[:, None], None
     if query.shape[2] > 1:  # its fast kernels need values as wide as keys; a single query is faster without the copy
         value = F.pad(value, (0, query.shape[-1] - width))
     output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)

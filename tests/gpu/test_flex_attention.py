@@ -10,14 +10,16 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from neo_hf import attention_neo
 from neo_hf.attention_neo import kernel_options_of
 
-A100, RTX_4090, H100 = 166_912, 101_376, 232_448
+# Bytes of shared memory per block of threads, and compute capability.
+A100, RTX_4090, H100, B200 = (166_912, (8, 0)), (101_376, (8, 9)), (232_448, (9, 0)), (232_448, (10, 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_small_cards_get_small_blocks(dtype):
-    assert kernel_options_of(dtype, A100) is None
-    assert kernel_options_of(dtype, H100) is None
-    options = kernel_options_of(dtype, RTX_4090)
+    assert kernel_options_of(dtype, *A100) is None
+    assert kernel_options_of(dtype, *B200) is None
+    assert (kernel_options_of(dtype, *H100) is None) == (dtype == torch.float32)
+    options = kernel_options_of(dtype, *RTX_4090)
     rows, columns = (32, 16) if dtype == torch.float32 else (128, 32)
     assert (options["fwd_BLOCK_M"], options["fwd_BLOCK_N"], options["fwd_num_stages"]) == (rows, columns, 2)
     assert ("bwd_BLOCK_M1" in options) == (dtype != torch.float32)
@@ -25,7 +27,7 @@ def test_small_cards_get_small_blocks(dtype):
 
 def test_options_of_the_user_win(monkeypatch):
     """Through `generate()`, which refuses arguments that it does not find in `forward`."""
-    monkeypatch.setattr(attention_neo, "find_kernel_options", lambda query: kernel_options_of(query.dtype, RTX_4090))
+    monkeypatch.setattr(attention_neo, "find_kernel_options", lambda query: kernel_options_of(query.dtype, *RTX_4090))
     seen = []
 
     def record(*args, **kwargs):

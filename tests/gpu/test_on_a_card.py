@@ -7,9 +7,10 @@ import torch
 from helpers import batch, one, random_model, random_prompt, tiny_config
 from world import World
 
-from neo_hf import load_nano
+from neo_hf import NeoImageProcessor, load_nano
 from neo_hf.cache_neo import CACHE_NAME
 from neo_hf.streaming import NeoStream
+from neo_hf.training import normalize_patches
 
 pytestmark = pytest.mark.gpu
 WIDE = {"text_config": {"head_dim": 128, "num_hidden_layers": 2}}  # FlexAttention's kernels as for NEO-2B
@@ -84,6 +85,12 @@ def test_autocast_trains_through_flex_attention():
         assert all(x.grad.isfinite().all() for x in model.parameters())
         losses[implementation] = float(loss.detach())
     assert losses["neo"] == pytest.approx(losses["sdpa"], rel=1e-3)
+
+
+def test_uint8_patches_are_exact():
+    processor = NeoImageProcessor()
+    levels = torch.arange(256, dtype=torch.uint8).repeat(3, 1).reshape(1, -1)
+    assert torch.equal(normalize_patches(levels.cuda(), processor).cpu(), normalize_patches(levels, processor))
 
 
 def test_decoding_never_waits():

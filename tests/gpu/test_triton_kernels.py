@@ -9,7 +9,7 @@ from helpers import IMAGE, IMAGE_START, dense_mask_oracle, random_prompt
 from transformers import DynamicCache
 from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 
-from neo_hf.attention_neo import SMALL_SHARED_MEMORY, attend_by_blocks, find_key_runs, kernel_options_of
+from neo_hf.attention_neo import attend_by_blocks, find_key_runs, kernel_options_of
 from neo_hf.indexing_neo import allocate_position_ids
 
 pytest.importorskip("triton", reason="needs the triton package: make test-gpu-offline installs it")
@@ -103,7 +103,7 @@ def differences(number, device="cpu"):
     generator = torch.Generator().manual_seed(0)
     module = SimpleNamespace(training=True, num_key_value_groups=2)
     is_interpreted = device == "cpu"
-    options = kernel_options_of(torch.bfloat16, SMALL_SHARED_MEMORY) if is_interpreted else None
+    options = kernel_options_of(torch.bfloat16, TARGETS[89], (8, 9)) if is_interpreted else None
     worst = {}
     with attention_on_card(89, InterpretedKernel) if is_interpreted else nullcontext():
         for kind in KINDS * number:

@@ -213,7 +213,7 @@ def compile_kernels(capability: int, dtype: torch.dtype, own_options: bool = Tru
     Returns:
         "forward" and "backward": (bytes of shared memory, registers per thread, bytes of spills per thread).
     """
-    options = kernel_options_of(dtype, TARGETS[capability]) if own_options else None
+    options = kernel_options_of(dtype, TARGETS[capability], divmod(capability, 10)) if own_options else None
     needs: dict[str, tuple[int, ...]] = {}
 
     def collect(name, source):

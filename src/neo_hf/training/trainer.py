@@ -76,6 +76,8 @@ class NeoTrainer(Trainer):
       `ignore_data_skip`, it begins the stream anew. `epoch` in the log is the share of the run that is done.
     - With bf16, `loss_weight`, its sum and the losses stay float32 under FSDP2 and DeepSpeed too, where accelerate and
       `Trainer` would round them.
+    - With `torch_compile`, layers are compiled one by one, since the whole model as one graph would need a dense mask.
+    - Batches are not sliced among processes (`dispatch_batches`): patches are not rows.
     - Patches that are uint8 are normalised on the device, with the settings of the processor.
     - Weight decay spares all norms. `Trainer` does not know `q_norm_h` and the like by their names.
     - The model computes logits only if they are used.
@@ -123,7 +125,12 @@ class NeoTrainer(Trainer):
         self._sequence_parallel = SequenceParallel(self.model, sequence_parallel_size)
 
     def create_accelerator_and_postprocess(self):
+        if self.args.accelerator_config.dispatch_batches is None:
+            # One process would read for all and slice the batches, patches as if they were rows.
+            self.args.accelerator_config.dispatch_batches = False
         super().create_accelerator_and_postprocess()
+        # With torch_compile. As one graph, the model would attend with a dense mask and break at each read by the host.
+        self.accelerator.state.dynamo_plugin.use_regional_compilation = True
         if self.accelerator.is_fsdp2 and (policy := self.accelerator.state.fsdp_plugin.mixed_precision_policy):
             # As it is, the policy rounds what goes into and comes out of each unit: loss weights, their sum, the loss.
             # Everything else has the dtype of the gathered weights anyway.
