@@ -129,7 +129,7 @@ class NeoTrainer(Trainer):
             # One process would read for all and slice the batches, patches as if they were rows.
             self.args.accelerator_config.dispatch_batches = False
         super().create_accelerator_and_postprocess()
-        # With torch_compile. As one graph, the model would attend with a dense mask and break at each read by the host.
+        # With torch_compile. As one graph, the model would attend with a dense mask and break at reads by the host.
         self.accelerator.state.dynamo_plugin.use_regional_compilation = True
         if self.accelerator.is_fsdp2 and (policy := self.accelerator.state.fsdp_plugin.mixed_precision_policy):
             # As it is, the policy rounds what goes into and comes out of each unit: loss weights, their sum, the loss.
