@@ -104,7 +104,8 @@ def plan_attention(
         return eager_attention_forward, mask
     # One mask for all heads, and no float16, whose range the scores may exceed.
     is_plain = mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
-    if on_cpu and length == 1 and is_plain and not dropout and inputs_embeds.dtype != torch.float16:
+    reads_in_place = inputs_embeds.device.type in ("cpu", "cuda") and inputs_embeds.dtype != torch.float16
+    if reads_in_place and length == 1 and is_plain and not dropout:
         return attend_one_query, mask
     return attend_by_sdpa, mask
 
@@ -475,7 +476,7 @@ def kernel_options_of(dtype: torch.dtype, shared_memory: int, capability: tuple[
     if is_small:
         return _blocks("fwd", 128, 32, num_stages=2, num_warps=8) | _blocks("bwd", 32, 32, num_stages=2, num_warps=4)
     if capability == HOPPER:
-        return _blocks("fwd", 128, 64, num_stages=3, num_warps=8) | _blocks("bwd", 32, 128, num_stages=2, num_warps=8)
+        return _blocks("fwd", 128, 64, num_stages=3, num_warps=8) | _blocks("bwd", 32, 128, num_stages=3, num_warps=8)
     return None
 
 
@@ -490,11 +491,14 @@ def _blocks(step: str, rows: int, columns: int, **launch: int) -> dict[str, int]
 def attend_one_query(module, query, key, value, attention_mask: torch.Tensor | None, scaling: float, **kwargs):
     """
     A single query, with an attention mask (B, 1, 1, S), True where seen. Reads keys and values once and in place; SDPA
-    on a CPU first scales, widens and repeats them.
+    on a CPU first scales, widens and repeats them, and on CUDA has one block of threads per head.
     """
     query = query.unflatten(1, (key.shape[1], -1)).squeeze(3) * scaling  # (B, K, A / K, D)
+    on_cuda = query.device.type == "cuda"
     keeps_graph = torch.is_grad_enabled() or is_tracing(value)
-    if query.dtype == torch.bfloat16 and not keeps_graph:
+    if on_cuda:
+        scores = query @ key.transpose(2, 3)
+    elif query.dtype == torch.bfloat16 and not keeps_graph:
         # Head by head: the product of batches would copy a cache that has room to grow.
         heads = zip(query.flatten(0, 1), key.flatten(0, 1), strict=True)
         scores = torch.stack([q @ k.T for q, k in heads]).view(*query.shape[:3], -1)
@@ -505,7 +509,7 @@ def attend_one_query(module, query, key, value, attention_mask: torch.Tensor | N
         # Finite: a padded row that sees no key yet would give NaN and leave NaN in the cache.
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    output = weights @ value if keeps_graph else _weighted_sums(weights, value)
+    output = weights @ value if keeps_graph or on_cuda else _weighted_sums(weights, value)
     return output.flatten(1, 2)[:, None], None
 
 
