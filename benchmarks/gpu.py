@@ -44,6 +44,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 
 from neo_hf.attention_neo import (
+    MAX_FLEX_GRAPHS,
     SMALL_SHARED_MEMORY,
     attend_by_blocks,
     attend_by_sdpa,
@@ -151,9 +152,12 @@ def measure_attention(images, side, text, tiny):
     outputs = {}
 
     @torch.no_grad()
+    @torch._dynamo.config.patch(recompile_limit=MAX_FLEX_GRAPHS)
     def forward(name):
         outputs[name] = candidates[name](*inputs)
 
+    # Beyond the limit, FlexAttention would run uncompiled, and make all scores.
+    @torch._dynamo.config.patch(recompile_limit=MAX_FLEX_GRAPHS)
     def both(name):
         output = candidates[name](*(x.detach().requires_grad_() for x in inputs))
         output.backward(torch.ones_like(output))

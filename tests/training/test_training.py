@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import GOLDEN, IMAGE, batch, load_golden_model, random_model, random_prompt, tiny_config
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -292,6 +293,27 @@ def train(model, samples, folder, trainer=NeoTrainer, collator=collate, **kwargs
 
 def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.slow
+def test_compiled_layers(tiny, tmp_path):
+    """`torch_compile` compiles the layers, not the model, in few graphs, which train alike."""
+    counters.clear()
+    settings = {"use_cpu": True, "max_steps": 2}
+    expected = train(copy.deepcopy(tiny), make_samples(), tmp_path, **settings)
+    trainer = train(copy.deepcopy(tiny), make_samples(), tmp_path, **settings, torch_compile=True)
+    assert losses(trainer) == pytest.approx(losses(expected), abs=1e-3)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 20
+    compiled = trainer.model_wrapped.get_decoder().layers[0]
+    assert isinstance(compiled, torch._dynamo.OptimizedModule)
+    assert not isinstance(trainer.model_wrapped, torch._dynamo.OptimizedModule)
+    torch._dynamo.reset()
+
+
+def test_batches_of_an_iterable_are_not_sliced(tiny, tmp_path):
+    rows = PackedDataset(make_samples(), max_length=100, buffer_size=4)
+    trainer = train(copy.deepcopy(tiny), rows, tmp_path, collator=PackedCollator(0, max_length=100), max_steps=2)
+    assert len(losses(trainer)) == 2
 
 
 @pytest.mark.parametrize("kind", ["token", "square"])
