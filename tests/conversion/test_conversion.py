@@ -173,7 +173,7 @@ def test_command_line(tmp_path, capsys, golden):
     assert run("export", hub, back) == 0
     assert_same(read_all(back), read_all(RAW))
     assert run("export", hub, back) == 1
-    assert "exists; force=True replaces it" in capsys.readouterr().err
+    assert "raw exists; --force replaces it" in capsys.readouterr().err
     (tmp_path / "raw" / "stale.txt").touch()
     assert run("export", hub, back, "--force") == 0
     assert "Verified" not in capsys.readouterr().out
