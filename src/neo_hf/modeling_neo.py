@@ -388,9 +388,10 @@ class NeoModel(NeoPreTrainedModel):
             host_facts: what `read_on_host` returned, if it was called before.
 
         Raises:
-            ValueError: inputs are mutually exclusive, images and image tokens do not match in number, grids do not
-                match the patches, or token ids are outside the vocabulary.
+            ValueError: inputs are mutually exclusive or of another shape or dtype, images and image tokens do not match
+                in number, grids do not match the patches, or token ids are outside the vocabulary.
         """
+        check_input_ids(input_ids)
         cache = past_key_values if cache is None else cache
         image_grid_hw = without_time(image_grid_hw, image_grid_thw)
         if (input_ids is None) == (inputs_embeds is None):
@@ -531,6 +532,15 @@ class NeoModel(NeoPreTrainedModel):
         return torch.stack([position_ids, torch.zeros_like(position_ids), torch.zeros_like(position_ids)]), None
 
 
+def check_input_ids(input_ids: torch.Tensor | None):
+    """Raise a ValueError if these are not (B, L) of a dtype that embeddings take."""
+    if input_ids is not None and (input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32)):
+        raise ValueError(
+            f"input_ids must be an int64 or int32 tensor of shape (rows, tokens), got {tuple(input_ids.shape)} "
+            f"{input_ids.dtype}."
+        )
+
+
 def check_token_ids(low: int, high: int, vocab_size: int):
     """Raise a ValueError quoting the smallest or largest token id if it is outside the vocabulary."""
     if low < 0 or high >= vocab_size:
@@ -606,6 +616,7 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin, NeoCha
             `logits` (B, L, vocabulary) and, with labels, `loss`: the weighted mean cross entropy, 0 if no
             token counts. With `skip_logits`, `token_loss` (B, L) in place of the logits.
         """
+        check_input_ids(input_ids)
         # Not a parameter: the Trainer's evaluation loss requires every parameter with "label" in its name.
         shift_labels = kwargs.pop("shift_labels", None)
         if use_cache is None and (labels is not None or shift_labels is not None):
