@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import GOLDEN, free_port, load_golden_model, random_model, tiny_config, wait_for_server
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_images
@@ -19,7 +19,13 @@ from neo_hf.tokenization import load_qwen_package_tokenizer
 # --hypothesis-profile: "ci", the default, tries each test's own number of examples, the others a multiple of it
 # (helpers.num_examples). `make fuzz` repeats "fuzz" for ten minutes; "nightly" tries 20 times as many as "ci".
 for profile, examples in (("ci", 100), ("fuzz", 400), ("nightly", 2000)):
-    settings.register_profile(profile, max_examples=examples, deadline=None, print_blob=True)
+    settings.register_profile(
+        profile,
+        max_examples=examples,
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow],  # of the time on the clock, which a busy machine stretches
+    )
 settings.load_profile("ci")
 
 

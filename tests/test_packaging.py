@@ -1,5 +1,6 @@
 """What pip sees: the declared versions, the metadata and README on PyPI, the source distribution."""
 
+import ast
 import email
 import re
 import subprocess
@@ -7,6 +8,8 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
+from itertools import chain
 
 import pytest
 from helpers import ROOT
@@ -18,6 +21,8 @@ from packaging.version import Version
 from neo_hf import __version__
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# Of the package and of all extras.
+REQUIREMENTS = [*map(Requirement, chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()))]
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +42,27 @@ def metadata(dist):
 
 
 def test_floor_is_what_is_declared():
-    extras = PROJECT["optional-dependencies"].values()
     declared: dict[str, set] = {}
-    for requirement in map(Requirement, (*PROJECT["dependencies"], *(line for extra in extras for line in extra))):
+    for requirement in REQUIREMENTS:
         for specifier in requirement.specifier:
             if specifier.operator == ">=":
                 declared.setdefault(canonicalize_name(requirement.name), set()).add(Version(specifier.version))
     lines = [line for line in (ROOT / "constraints-floor.txt").read_text().splitlines() if line and line[0] != "#"]
     pinned = {canonicalize_name(name): {Version(version)} for name, version in (line.split("==") for line in lines)}
     assert pinned == declared
+
+
+def test_everything_imported_is_declared():
+    """Not installed only because another package happens to need it."""
+    files = [*(ROOT / "src").rglob("*.py")]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    modules = {name.partition(".")[0] for name in imported} - {"neo_hf", "neo_hf_cli"} - sys.stdlib_module_names
+    installed = packages_distributions()
+    packages = {module: {canonicalize_name(name) for name in installed.get(module, [module])} for module in modules}
+    declared = {canonicalize_name(requirement.name) for requirement in REQUIREMENTS}
+    assert not [module for module, names in packages.items() if not names & declared]
 
 
 def test_metadata(metadata):

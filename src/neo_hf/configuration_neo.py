@@ -345,6 +345,12 @@ class NeoConfig(PreTrainedConfig):
         return cls._read(config_dict), kwargs
 
     @classmethod
+    def _dict_from_json_file(cls, json_file) -> dict[str, Any]:
+        content = super()._dict_from_json_file(json_file)
+        require(isinstance(content, dict), f"{json_file} must hold a JSON object, got {content!r:.200}.")
+        return content
+
+    @classmethod
     def _read(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
         reader = cls.readers.get(config_dict.get("model_type", cls.model_type))
         return config_dict if reader is None else reader(config_dict)

@@ -30,15 +30,18 @@ def read_text(file: Path) -> str:
         raise ValueError(f"{file} is not UTF-8: {error}") from error
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: Path) -> dict[str, Any]:
     """
-    Content of a JSON file.
+    Content of a JSON file that holds an object.
 
     Raises:
-        ValueError: As for `read_text`, or it is not JSON.
+        ValueError: As for `read_text`, or it is not JSON or no object.
     """
     text = read_text(file)
     try:
-        return json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {content!r:.200}.")
+    return content

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
-from transformers import PreTrainedConfig
 
 NANO = Path(__file__).parent / "nano"  # the model that comes with the package
 EXAMPLE_IMAGE = NANO / "scene.png"  # a sample image for it
@@ -52,7 +51,7 @@ def check_available(name_or_path: str | os.PathLike):
 def is_raw(name_or_path: str | os.PathLike) -> bool:
     """Whether a Hub id or a folder holds a raw checkpoint."""
     check_available(name_or_path)
-    config_dict, _ = PreTrainedConfig.get_config_dict(name_or_path)
+    config_dict, _ = NeoConfig._get_config_dict(name_or_path)  # as it is stored
     return config_dict.get("model_type") == RAW_MODEL_TYPE
 
 

@@ -27,7 +27,9 @@ from .patch_embedding_neo import NeoPatchEmbedding, NeoPatchProjection
 from .rotary_neo import rotary_tables
 from .self_test_neo import check_transformers
 
+import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -41,7 +43,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
@@ -114,7 +116,7 @@ class NeoPreTrainedModel(PreTrainedModel):
 
         Raises:
             ImportError: NEO's self-test fails with the installed transformers, which is newer than those tested.
-            OSError: A weight file cannot be read; the message names the checkpoint.
+            OSError: A weight file cannot be read, or, in a folder, their index; the message names the checkpoint.
         """
         check_transformers(NeoForConditionalGeneration)
         # Evaluation harnesses for the released class pass these arguments of transformers 4 as False.
@@ -129,6 +131,9 @@ class NeoPreTrainedModel(PreTrainedModel):
             raise OSError(
                 f"A file of weights in {pretrained_model_name_or_path} cannot be read, it may be truncated: {error}"
             ) from error
+        except Exception:
+            check_shard_index(os.path.join(str(pretrained_model_name_or_path), kwargs.get("subfolder") or ""))
+            raise
         # Saving undoes these renamings. Under ZeRO-3, transformers also keeps those that matched no tensor.
         if renamings := getattr(model, "_weight_conversions", None):
             model._weight_conversions = [renaming for renaming in renamings if renaming.was_used()]
@@ -389,8 +394,9 @@ class NeoModel(NeoPreTrainedModel):
 
         Raises:
             ValueError: inputs are mutually exclusive, images and image tokens do not match in number, grids do not
-                match the patches, or token ids are outside the vocabulary.
+                match the patches, or token ids have another shape or dtype or are outside the vocabulary.
         """
+        check_input_ids(input_ids)
         cache = past_key_values if cache is None else cache
         image_grid_hw = without_time(image_grid_hw, image_grid_thw)
         if (input_ids is None) == (inputs_embeds is None):
@@ -531,6 +537,31 @@ class NeoModel(NeoPreTrainedModel):
         return torch.stack([position_ids, torch.zeros_like(position_ids), torch.zeros_like(position_ids)]), None
 
 
+def check_shard_index(folder: str):
+    """Raise an OSError if the index of shards in a folder cannot be read. transformers does not check or name it."""
+    for file in (os.path.join(folder, name) for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)):
+        if not os.path.isfile(file):
+            continue
+        try:
+            with open(file, encoding="utf-8") as reader:
+                index = json.load(reader)
+            set(index["metadata"]), set(index["weight_map"].values())
+        except Exception as error:
+            raise OSError(
+                f"{file} cannot be read: it must hold a JSON object with metadata and weight_map, the file of each "
+                f"tensor ({type(error).__name__}: {error})."
+            ) from error
+
+
+def check_input_ids(input_ids: torch.Tensor | None):
+    """Raise a ValueError if these are not (B, L) of a dtype that embeddings take."""
+    if input_ids is not None and (input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32)):
+        raise ValueError(
+            f"input_ids must be an int64 or int32 tensor of shape (rows, tokens), got {tuple(input_ids.shape)} "
+            f"{input_ids.dtype}."
+        )
+
+
 def check_token_ids(low: int, high: int, vocab_size: int):
     """Raise a ValueError quoting the smallest or largest token id if it is outside the vocabulary."""
     if low < 0 or high >= vocab_size:
@@ -606,6 +637,7 @@ class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin, NeoCha
             `logits` (B, L, vocabulary) and, with labels, `loss`: the weighted mean cross entropy, 0 if no
             token counts. With `skip_logits`, `token_loss` (B, L) in place of the logits.
         """
+        check_input_ids(input_ids)
         # Not a parameter: the Trainer's evaluation loss requires every parameter with "label" in its name.
         shift_labels = kwargs.pop("shift_labels", None)
         if use_cache is None and (labels is not None or shift_labels is not None):

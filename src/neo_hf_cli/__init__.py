@@ -43,10 +43,13 @@ def options(
 
 
 def main(argv: list[str] | None = None):
-    """Run the command line and exit. Errors raised by the library become one line on standard error."""
+    """
+    Run the command line and exit. Errors raised by the library become one line on standard error, with the option in
+    place of the argument that it stands for.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app(argv)
     except (ValueError, OSError, ImportError) as error:
-        print(f"neo-hf: error: {error}", file=sys.stderr)
+        print("neo-hf: error:", str(error).replace("force=True", "--force"), file=sys.stderr)
         sys.exit(1)

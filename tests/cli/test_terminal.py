@@ -17,13 +17,13 @@ CTRL_C, CTRL_D, UP, TAB = "\x03", "\x04", "\x1b[A", "\t"
 
 @pytest.fixture
 def chat(tmp_path):
-    """Start a chat; answers must come within a minute."""
+    """Start a chat; answers must come within five minutes, even if the machine is busy."""
 
     def start(model):
         environment = os.environ | {"XDG_STATE_HOME": str(tmp_path), "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
         command = ["-m", "neo_hf_cli", "chat", str(model)]
         child = pexpect.spawn(
-            sys.executable, command, env=environment, cwd=ROOT / "src" / "neo_hf", timeout=60, dimensions=(40, 200)
+            sys.executable, command, env=environment, cwd=ROOT / "src" / "neo_hf", timeout=300, dimensions=(40, 200)
         )
         children.append(child)
         child.expect("/help")
@@ -55,6 +55,7 @@ def test_conversation(chat):
     child.expect("error: Cannot read the image none.png")
     child.send("/video none.mp4\r")
     child.expect("error: Cannot read the video none.mp4")
+    child.expect(">")  # before, Ctrl-C would end the chat
     child.send("dropped" + CTRL_C)
     child.send("How many shapes are there?\r")
     child.expect_exact("3\r\n")

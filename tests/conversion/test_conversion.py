@@ -173,7 +173,7 @@ def test_command_line(tmp_path, capsys, golden):
     assert run("export", hub, back) == 0
     assert_same(read_all(back), read_all(RAW))
     assert run("export", hub, back) == 1
-    assert "exists; force=True replaces it" in capsys.readouterr().err
+    assert "raw exists; --force replaces it" in capsys.readouterr().err
     (tmp_path / "raw" / "stale.txt").touch()
     assert run("export", hub, back, "--force") == 0
     assert "Verified" not in capsys.readouterr().out
@@ -359,9 +359,12 @@ NORM = "language_model.model.norm.weight"
         (lambda f: shards(f, moved={3: "../a.safetensors"}), r"'\.\./a\.safetensors'.*same folder as their index"),
         (lambda f: shards(f, moved={3: "b.safetensors"}), "disagree on these tensors: language_model"),
         (duplicate, "repeats tensors of an earlier shard: language_model"),
-        (lambda f: (f / f"{WEIGHTS}.index.json").write_text("[]"), "is not a shard index"),
+        (lambda f: (f / f"{WEIGHTS}.index.json").write_text("[]"), r"index\.json must hold a JSON object, got \[\]"),
         (lambda f: (f / f"{WEIGHTS}.index.json").write_text('{"weight_map": []}'), "is not a shard index"),
-        (lambda f: (f / "config.json").write_text("[]"), "is not a NEO configuration"),
+        (
+            lambda f: (f / "config.json").write_text('{"model_type": "qwen3"}'),
+            "config.json is not a NEO configuration",
+        ),
         (lambda f: change_weights(f, lambda t: t.update({NORM: torch.ones(64).to(torch.float8_e4m3fn)})), "F8_E4M3"),
         (lambda f: change_weights(f, lambda t: t.update(extra=torch.ones(2))), "left over: extra"),
         (lambda f: change_weights(f, lambda t: t.pop(NORM)), r"missing: model\.language_model\.norm\.weight"),

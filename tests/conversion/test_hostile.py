@@ -18,10 +18,14 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
 
-from neo_hf.conversion import convert_raw_to_hub, source
+from neo_hf import NeoConfig, NeoForConditionalGeneration
+from neo_hf.conversion import convert_raw_to_hub, init_from_qwen3, source
 from neo_hf.conversion.weights import open_checkpoint
+from neo_hf.loading import load_model_and_processor
+from neo_hf_cli import main
 
 RAW = GOLDEN / "neo_tiny" / "raw"
+QWEN3 = GOLDEN / "qwen3_init" / "qwen3"
 NORM = "language_model.model.norm.weight"
 
 
@@ -196,9 +200,10 @@ def replace_by_folder(file):
 
 NOT_UTF8 = '{"architectures": "é"}'.encode("latin-1")
 NOT_JSON = {"empty": b"", "truncated": b'{"a": [1, ', "not UTF-8": NOT_UTF8, "nested": b"[" * 100_000}
+NO_OBJECT = {"list": b"[1, 2]", "null": b"null"}
 
 
-@pytest.mark.parametrize("content", [*NOT_JSON, "folder"])
+@pytest.mark.parametrize("content", [*NOT_JSON, *NO_OBJECT, "folder"])
 @pytest.mark.parametrize(
     "name", ["config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json"]
 )
@@ -206,10 +211,37 @@ def test_json_files(raw, tmp_path, name, content):
     if content == "folder":
         replace_by_folder(raw / name)
     else:
-        (raw / name).write_bytes(NOT_JSON[content])
-    with pytest.raises(ValueError, match=f"{name} is not (a file|UTF-8|valid JSON)"):
+        (raw / name).write_bytes((NOT_JSON | NO_OBJECT)[content])
+    message = "must hold a JSON object, got" if content in NO_OBJECT else "is not (a file|UTF-8|valid JSON)"
+    with pytest.raises(ValueError, match=f"{name} {message}"):
         convert_raw_to_hub(raw, tmp_path / "hub")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw"]
+
+
+@pytest.mark.parametrize("content", NO_OBJECT)
+def test_json_files_that_loading_reads(raw, tmp_path, capsys, content):
+    """Those that transformers reads without a check, or without their names in errors."""
+    shutil.copytree(QWEN3, tmp_path / "qwen3")
+    for folder in (raw, tmp_path / "qwen3"):
+        (folder / "config.json").write_bytes(NO_OBJECT[content])
+    for load in (NeoConfig.from_pretrained, NeoForConditionalGeneration.from_pretrained, load_model_and_processor):
+        with pytest.raises(ValueError, match=r"raw/config\.json must hold a JSON object, got"):
+            load(raw)
+    with pytest.raises(ValueError, match=r"qwen3/config\.json must hold a JSON object, got"):
+        init_from_qwen3(tmp_path / "qwen3", tmp_path / "neo", num_pre_buffer_layers=2)
+    with pytest.raises(SystemExit):
+        main(["info", str(raw)])
+    assert "raw/config.json must hold a JSON object, got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", [*NOT_JSON.values(), *NO_OBJECT.values(), b"{}", b'{"metadata": {}, "weight_map": {"a": ["b"]}}']
+)
+def test_index_that_loading_reads(raw, content):
+    (raw / "model.safetensors").unlink()
+    (raw / "model.safetensors.index.json").write_bytes(content)
+    with pytest.raises(OSError, match=r"raw/model\.safetensors\.index\.json cannot be read: .* weight_map"):
+        NeoForConditionalGeneration.from_pretrained(raw)
 
 
 @pytest.mark.parametrize(

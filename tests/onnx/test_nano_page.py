@@ -223,7 +223,7 @@ def test_the_page_sees_what_is_drawn(page):
 def test_files_and_camera_give_images(page, tmp_path):
     scene().resize((96, 64)).save(tmp_path / "wide.png")
     page.set_input_files("#file", tmp_path / "wide.png")
-    assert page.locator("#images figure").count() == 2
+    page.wait_for_function("document.querySelectorAll('#images figure').length == 2")  # once it is decoded
     (tmp_path / "text.png").write_text("no image")
     page.set_input_files("#file", tmp_path / "text.png")
     page.wait_for_function("document.getElementById('status').className == 'error'")

@@ -684,6 +684,17 @@ def test_webdataset(processor, folder, tmp_path):
         assert sample["image_grid_hw"].tolist() == [[4, 6], [6, 4]]
 
 
+@pytest.mark.parametrize(
+    "record", [conversation("<image>\nHi", "Yes."), chat("<image>\nHi", "Yes.")], ids=["conversations", "messages"]
+)
+def test_webdataset_of_turns(processor, folder, tmp_path, record):
+    """The list of turns alone, in either format."""
+    [turns], image = record.values(), (folder / "a.png").read_bytes()
+    write_tar(tmp_path / "turns.tar", [("0.png", image), ("0.json", json.dumps(turns).encode())])
+    [sample] = load_samples([Source(tmp_path / "turns.tar")], processor)
+    same_sample(sample, encode_record({**record, "images": [image]}, processor, normalize=False))
+
+
 def test_folders_globs_and_hub_ids(processor, folder, tmp_path, monkeypatch):
     (tmp_path / "sub").mkdir()
     write_jsonl(tmp_path / "a.jsonl", texts(2))

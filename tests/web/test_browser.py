@@ -5,6 +5,7 @@ With `WEB_SCREENSHOTS=FOLDER`, the pictures of docs/web.md and one of each tab o
 """
 
 import functools
+import itertools
 import os
 import shutil
 import time
@@ -27,6 +28,8 @@ from neo_hf.web.page import EXAMPLES
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: make test-web, or apt-get install chromium")
 expect = sync_api.expect
+TIMEOUT = 60_000  # milliseconds: the machine may be busy
+expect.set_options(timeout=TIMEOUT)
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
@@ -65,12 +68,12 @@ def visit(browser, page):
         context = browser.new_context(**{"viewport": DESKTOP, **options})
         contexts.append(context)
         tab = context.new_page()
-        tab.set_default_timeout(30_000)
+        tab.set_default_timeout(TIMEOUT)
         tab.foreign = []
         tab.on("request", lambda request: tab.foreign.append(request.url))
         tab.on("pageerror", lambda error: pytest.fail(str(error)))
         tab.goto(page.url)
-        expect(tab.locator("#question textarea")).to_be_visible(timeout=30_000)
+        expect(tab.locator("#question textarea")).to_be_visible()
         return tab
 
     yield visit
@@ -85,7 +88,7 @@ def tab(visit):
 
 def attach(tab, *files, within="#question"):
     tab.locator(f"{within} input[type=file]").first.set_input_files([str(file) for file in files])
-    expect(tab.locator(f"{within} .thumbnail-item")).to_have_count(len(files), timeout=20_000)
+    expect(tab.locator(f"{within} .thumbnail-item")).to_have_count(len(files))
 
 
 def submit(tab, question):
@@ -100,8 +103,14 @@ def ask(tab, question, *files):
     if files:
         attach(tab, *files)
     submit(tab, question)
-    expect(tab.locator("#conversation [data-testid=bot]")).to_have_count(before + 1, timeout=30_000)
-    expect(tab.locator("#chat-status")).to_contain_text("Answer:", timeout=30_000)
+    expect(tab.locator("#conversation [data-testid=bot]")).to_have_count(before + 1)
+    return finished_answer(tab)
+
+
+def finished_answer(tab):
+    expect(tab.locator("#chat-status")).to_contain_text("Answer:")
+    # Until then, Gradio drops what is submitted.
+    expect(tab.locator("#conversation").get_by_role("button", name="Retry")).to_be_enabled()
     return tab.locator("#conversation [data-testid=bot]").last.inner_text().strip()
 
 
@@ -116,13 +125,18 @@ def screenshot(tab, name):
         tab.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
 
-def slowed(forward):
+def held(tab, page):
+    """The model's `forward`, with which an answer is shown token by token, and does not end before it is to stop."""
+    forward, key, calls = page.sessions.model.forward, tab.evaluate("neoSession()"), itertools.count()
+
     @functools.wraps(forward)
-    def slow(*args, **kwargs):
+    def hold(*args, **kwargs):
         time.sleep(0.25)
+        if next(calls) > 8:
+            page.sessions.find(key).is_stopping.wait(TIMEOUT / 1000)
         return forward(*args, **kwargs)
 
-    return slow
+    return hold
 
 
 def test_image_and_three_turns(tab):
@@ -150,19 +164,17 @@ def test_video_from_the_examples(tab):
     tab.get_by_role("button", name="A video").click()
     expect(tab.locator("#question .thumbnail-item")).to_have_count(1)
     tab.locator("#question textarea").press("Enter")
-    expect(tab.locator("#chat-status")).to_contain_text("Answer:", timeout=30_000)
-    assert tab.locator("#conversation [data-testid=bot]").last.inner_text().strip() == "right"
+    assert finished_answer(tab) == "right"
 
 
 def test_answer_can_be_stopped(tab, page, monkeypatch):
-    monkeypatch.setattr(page.sessions.model, "forward", slowed(page.sessions.model.forward))
+    monkeypatch.setattr(page.sessions.model, "forward", held(tab, page))
     attach(tab, EXAMPLE_IMAGE)
     submit(tab, "Describe the picture.")
     stop = tab.locator("#question button.stop-button")
-    expect(tab.locator("#conversation [data-testid=bot]")).to_contain_text("a red", timeout=30_000)
+    expect(tab.locator("#conversation [data-testid=bot]")).to_contain_text("a red")
     stop.click()
-    expect(tab.locator("#chat-status")).to_contain_text("Answer:", timeout=30_000)
-    answer = tab.locator("#conversation [data-testid=bot]").inner_text().strip()
+    answer = finished_answer(tab)
     assert CAPTION.startswith(answer)
     assert answer != CAPTION
     monkeypatch.undo()
@@ -170,13 +182,13 @@ def test_answer_can_be_stopped(tab, page, monkeypatch):
 
 
 def test_reload_keeps_what_an_answer_had(tab, page, monkeypatch):
-    monkeypatch.setattr(page.sessions.model, "forward", slowed(page.sessions.model.forward))
+    monkeypatch.setattr(page.sessions.model, "forward", held(tab, page))
     attach(tab, EXAMPLE_IMAGE)
     submit(tab, "Describe the picture.")
     answer = tab.locator("#conversation [data-testid=bot]")
-    expect(answer).to_contain_text("a red", timeout=30_000)
+    expect(answer).to_contain_text("a red")
     tab.reload()
-    expect(answer).to_contain_text("a red", timeout=30_000)
+    expect(answer).to_contain_text("a red")
     assert answer.inner_text().strip() != CAPTION
     monkeypatch.undo()
     assert ask(tab, "How many shapes are there?") == "3"
@@ -194,7 +206,7 @@ def test_bad_files_give_messages_and_the_conversation_stays(tab, tmp_path):
     large.touch()
     os.truncate(large, 100_000_000)
     tab.locator("#question input[type=file]").first.set_input_files(str(large))
-    expect(tab.get_by_text("maximum allowed size", exact=False).first).to_be_visible(timeout=60_000)
+    expect(tab.get_by_text("maximum allowed size", exact=False).first).to_be_visible()
     expect(tab.locator("#conversation [data-testid=bot]")).to_have_count(1)
 
 
@@ -221,7 +233,7 @@ def test_live_camera(tab, monkeypatch):
         tab.locator("[data-do=camera]").click()
         tab.wait_for_function(  # stopped from within the page, before the circle starts again
             """() => {
-                if (document.querySelector("[data-show=shown]").textContent !== "4") return false;
+                if (Number(document.querySelector("[data-show=shown]").textContent) < 4) return false;
                 document.querySelector("[data-do=stop]").click();
                 return true;
             }"""
@@ -271,11 +283,9 @@ def test_photo_from_the_camera(tab):
     tab.get_by_text("Click to Access Webcam").click()
     tab.wait_for_function("document.querySelector('#camera video')?.currentTime > 0")
     tab.locator("button[aria-label='capture photo']").click()
-    expect(tab.locator("#camera img")).to_be_visible(timeout=30_000)
-    submit(tab, "What is at the top left?")
-    expect(tab.locator("#chat-status")).to_contain_text("Answer:", timeout=30_000)
+    expect(tab.locator("#camera img")).to_be_visible()
+    assert ask(tab, "What is at the bottom left?") == "a blue square"  # the circle may be anywhere
     expect(tab.locator("#conversation img.thumbnail")).to_have_count(1)
-    assert tab.locator("#conversation [data-testid=bot]").inner_text().strip() == "a red circle"
 
 
 def test_drawing_of_a_token(tab):
@@ -285,13 +295,13 @@ def test_drawing_of_a_token(tab):
     token.focus()
     tab.keyboard.press("Enter")
     figure = tab.locator("#figure img")
-    expect(figure).to_be_visible(timeout=60_000)
+    expect(figure).to_be_visible()
     expect(token).to_have_attribute("aria-pressed", "true")
     assert figure.evaluate("image => image.naturalWidth") > 1000
     screenshot(tab, "what-it-sees")
     first = figure.get_attribute("src")
     tab.locator("#tokens button").filter(has_text="star").click()
-    tab.wait_for_function("source => document.querySelector('#figure img').src != source", arg=first, timeout=60_000)
+    tab.wait_for_function("source => document.querySelector('#figure img').src != source", arg=first)
 
 
 def test_compare(tab):
@@ -303,8 +313,8 @@ def test_compare(tab):
     box = tab.locator("#compare-question textarea")
     box.fill("How many shapes are there?")
     box.press("Enter")
-    expect(tab.locator("#answer-A textarea")).to_have_value("3", timeout=30_000)
-    expect(tab.locator("#answer-B textarea")).not_to_have_value("", timeout=30_000)
+    expect(tab.locator("#answer-A textarea")).to_have_value("3")
+    expect(tab.locator("#answer-B textarea")).not_to_have_value("")
     expect(tab.get_by_text("Question: 33 tokens computed")).to_be_visible()  # 4 x 4 for the image
     expect(tab.get_by_text("Question: 21 tokens computed")).to_be_visible()  # 2 x 2
     screenshot(tab, "compare")
@@ -321,8 +331,7 @@ def test_ten_people_get_their_own_answers(visit, tmp_path):
     for tab in tabs:
         submit(tab, "What color is the shape at the top left?")
     for tab, color in zip(tabs, colors, strict=True):
-        expect(tab.locator("#chat-status")).to_contain_text("Answer:", timeout=60_000)
-        assert tab.locator("#conversation [data-testid=bot]").inner_text().strip() == color
+        assert finished_answer(tab) == color
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -335,7 +344,7 @@ def test_phone(visit, scheme):
         tab.get_by_role("tab", name=name).or_(tab.get_by_role("button", name=name, exact=True)).last.click()
         if name == "What it sees":
             tab.locator("#tokens button").filter(has_text="circle").click()
-            expect(tab.locator("#figure img")).to_be_visible(timeout=60_000)
+            expect(tab.locator("#figure img")).to_be_visible()
         tab.wait_for_timeout(300)
         assert tab.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
         screenshot(tab, f"phone-{scheme}-{name.lower().replace(' ', '-')}")

@@ -1,6 +1,7 @@
 """A Qwen3 LLM to a NEO that is ready for pre-training (NEO paper, section 3.2)."""
 
 from ..configuration_neo import NeoConfig
+from ..files import read_json
 from ..modeling_neo import NeoForConditionalGeneration
 from ..publishing.model_card import Provenance, placeholder_id, read_license, render_model_card
 from ..raw import QWEN3_FIELDS, released_token_ids, rope
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, Qwen3Config
+from transformers import Qwen3Config
 
 
 def init_from_qwen3(
@@ -96,7 +97,7 @@ def graft_pre_buffer(pre_buffer: str | Path, qwen3: str | Path, out: str | Path,
 def _neo_config(
     qwen3: str | Path, source: Path, num_pre_buffer_layers: int, vision_config: dict[str, Any] | None
 ) -> NeoConfig:
-    llm_config = PreTrainedConfig.get_config_dict(source)[0]
+    llm_config = read_json(source / "config.json")
     if llm_config.get("model_type") != "qwen3":
         raise ValueError(f"{qwen3} must be a Qwen3 LLM (model_type 'qwen3'), got {llm_config.get('model_type')!r}.")
     llm = Qwen3Config(**llm_config)

@@ -92,8 +92,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 def _files_of_index(index: Path) -> dict[Path, set[str] | None]:
     """The names that an index lists for each shard."""
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index} is not a shard index: weight_map must give the file of each tensor.")
     shards: dict[Path, set[str] | None] = {}

@@ -22,8 +22,8 @@ Other formats:
 - `texts` and `images`, lists: an interleaved document, as OmniCorpus and MMC4 store it. Where one list has an entry,
   the other has `None`.
 - Several conversations in one record, as a list of records or of lists of turns: a sample for each of them.
-- Records of a WebDataset: fields `json`, with any of the above; images (`jpg`, `0.png`, ...), in the order of their
-  names, `2.png` before `10.png`; `txt`, the caption if there are images.
+- Records of a WebDataset: fields `json`, an object with any of the above or a list of turns; images (`jpg`, `0.png`,
+  ...), in the order of their names, `2.png` before `10.png`; `txt`, the caption if there are images.
 """
 
 import base64
@@ -76,7 +76,11 @@ def prepare_records(record: Any, columns: Mapping[str, str]) -> list:
     if not isinstance(record, dict):
         return [record]
     if "__key__" in record:
-        record = {**record, **record["json"]} if isinstance(record.get("json"), dict) else record
+        content = record.get("json")
+        if isinstance(content, list):
+            turns = [turn for turn in content if isinstance(turn, dict)]
+            content = {key: content for key, role, _ in FORMATS if any(turn.get(role) for turn in turns)}
+        record = {**record, **content} if isinstance(content, dict) else record
     renamed = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
     record = {name: value for name, value in record.items() if name not in columns.values()} | renamed
     return _split_conversations(_name_fields(record) if "__key__" in record else record)
