@@ -41,6 +41,7 @@ MIN_FLEX_LENGTH = 1024
 # Shared memory per thread block, in bytes, of consumer cards and related ones (RTX 3090, 4090 and 5090, A10, L40S).
 SMALL_SHARED_MEMORY = 101_376
 HOPPER = (9, 0)  # compute capability of H100 and H200
+MAX_QUERY_WIDTH = 256  # that of the released models, for which the blocks were chosen
 MAX_FLEX_GRAPHS = 64
 
 
@@ -451,7 +452,7 @@ def attend_by_blocks(module, query, key, value, attention_mask: KeyRuns | BlockM
 
 def find_kernel_options(query: torch.Tensor) -> dict[str, int] | None:
     """Kernel options of FlexAttention for the queries' device; `None` for PyTorch's defaults."""
-    if query.device.type != "cuda" or torch.version.cuda is None:
+    if query.device.type != "cuda" or torch.version.cuda is None or query.shape[-1] > MAX_QUERY_WIDTH:
         return None
     properties = torch.cuda.get_device_properties(query.device)
     capability = properties.major, properties.minor
