@@ -2,6 +2,7 @@
 
 from .options import End, Fps, Frames, Images, MaxNewTokens, Model, Start, System, Videos, resolve_model
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ app = typer.Typer()
 def chat(
     model_name: Model,
     question: Annotated[
-        str | None, typer.Argument(metavar="[QUESTION]", help="Without a question, a conversation starts.")
+        str | None, typer.Argument(metavar="QUESTION", help="Without a question, a conversation starts.")
     ] = None,
     image: Images = [],  # noqa: B006 (typer copies it)
     video: Videos = [],  # noqa: B006
@@ -140,6 +141,7 @@ def web(
     models = {Path(name).name: load(name) for name in (model_name, compare) if name is not None}
     frame_side = 64 if model_name == str(NANO) else 448
     page = Page(models, max_sessions, max_tokens, 60 * idle_minutes, frame_side)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, which deletes the uploads
     page.launch(
         server_name=host,
         server_port=port,

@@ -132,7 +132,7 @@ def check_data(
             processes,
             "fsdp2" if processes > 1 else "ddp",
             bf16=settings.get("bf16", False),
-            gradient_checkpointing=settings.get("gradient_checkpointing", False),
+            gradient_checkpointing=_checkpoints(settings),
         )
         print(f"  device      {_gb(sum(plan.memory.values()))} at least; `neo-hf plan` says for what")
     print(f"  loader      {_gb(batch * row_bytes)} per batch at most; each worker prepares two ahead")
@@ -192,9 +192,15 @@ def plan(
     config = released_config(model_name) if is_released else NeoConfig.from_pretrained(model_name)
     sharding = sharding or ("fsdp2" if devices > 1 else "ddp")
     rows = settings.get("per_device_train_batch_size", 8)
-    bf16, checkpointing = settings.get("bf16", False), settings.get("gradient_checkpointing", False)
     planned = planning.plan_run(
-        config, stage, rows * max_length, devices, sharding, devices_per_machine, bf16, checkpointing
+        config,
+        stage,
+        rows * max_length,
+        devices,
+        sharding,
+        devices_per_machine,
+        settings.get("bf16", False),
+        _checkpoints(settings),
     )
 
     print("Parameters")
@@ -215,6 +221,11 @@ def plan(
         hours = planned.seconds(max_steps * per_step, devices, peak, mfu) / 3600
         print(f"  stage          {hours:>14,.1f} h  {max_steps:,} steps, {max_steps * per_step / 1e9:,.1f} G tokens")
     print(f"  attention      {'+' + format(attention, '.0%'):>16}  if each row is one document; less for shorter ones")
+
+
+def _checkpoints(settings: dict) -> bool:
+    """Whether each layer is computed again in the backward pass. Transformers 5.23 has a new name for it."""
+    return settings.get("activation_checkpointing", settings.get("gradient_checkpointing", False))
 
 
 def _gb(num_bytes: int) -> str:

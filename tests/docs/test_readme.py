@@ -29,9 +29,18 @@ def test_badges():
 
 
 def test_figures():
-    """Those beside Qwen3-VL's are of the last run, here and on the page of results."""
+    """Those beside Qwen3-VL's and the hardware's are of the last run, here and on the page of results."""
     run = (ROOT / "benchmarks" / "RESULTS.md").read_text().split("### Speed (`speed.py`)")[-1]
-    for page in (README, (ROOT / "docs" / "results.md").read_text()):
+    results = (ROOT / "docs" / "results.md").read_text()
+    hardware = re.findall(r"^\| ([\d,]+) \| ([\d.]+) \| ([\d.]*) ?\|$", results, flags=re.MULTILINE)
+    assert len(hardware) == 3
+    for tokens, neo, eager in hardware:
+        [row] = re.findall(rf"^\| {tokens.replace(',', '')} \| \d \| .*", run, flags=re.MULTILINE)
+        assert row.split(" | ")[4] == neo
+        assert row.split(" | ")[6] == (eager or "-")
+    memory = re.search(r"takes (\d+ MB) beyond weights and inputs, where eager attention takes ([\d,]+ MB)", results)
+    assert f"| 4K tokens: NEO, eager | {memory[1]} | {memory[2]} |" in run
+    for page in (README, results):
         rows = re.findall(r"^\| .+ \| ([\d.]+) (s|ms|MB) \| ([\d.]+) \2 \| ([\d.]+) \|$", page, flags=re.MULTILINE)
         assert len(rows) == 5
         for neo, unit, qwen, ratio in rows:

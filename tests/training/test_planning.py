@@ -146,6 +146,18 @@ def test_documented_output(capsys, monkeypatch):
     assert run(capsys, *command.split())[:2] == (0, shown)
 
 
+def test_recipe_with_either_name_of_checkpointing(capsys, tmp_path):
+    recipe = (ROOT / "examples" / "recipes" / "2b-sft.yaml").read_text()
+    renamed = tmp_path / "renamed.yaml"
+    renamed.write_text(recipe.replace("gradient_checkpointing", "activation_checkpointing"))
+    off = tmp_path / "off.yaml"
+    off.write_text(recipe.replace("gradient_checkpointing: true", "gradient_checkpointing: false"))
+    outputs = [
+        run(capsys, "nano", "--recipe", path)[1] for path in (ROOT / "examples/recipes/2b-sft.yaml", renamed, off)
+    ]
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
 def test_command_refuses(capsys, tmp_path):
     recipe = ROOT / "examples" / "recipes" / "2b-qlora.yaml"
     parallel = tmp_path / "parallel.yaml"

@@ -8,6 +8,7 @@ import functools
 import itertools
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -142,10 +143,10 @@ def held(tab, page):
 def test_image_and_three_turns(tab):
     assert ask(tab, "Describe the picture.", EXAMPLE_IMAGE) == CAPTION
     assert ask(tab, "How many shapes are there?") == "3"
+    screenshot(tab, "chat")
     assert ask(tab, "What color is the shape at the top left?") == "red"
     expect(tab.locator("#chat-status")).to_contain_text("from the cache")
     expect(tab.locator("#conversation img.thumbnail")).to_have_count(1)
-    screenshot(tab, "chat")
     assert not [url for url in tab.foreign if not url.startswith(("http://127.0.0.1:", "data:", "blob:"))]
 
     tab.reload()
@@ -153,6 +154,40 @@ def test_image_and_three_turns(tab):
     assert ask(tab, "Describe the picture.") == CAPTION
     tab.get_by_role("button", name="Start over").click()
     expect(tab.locator("#conversation [data-testid=bot]")).to_have_count(0)
+
+
+def test_examples(tab, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # Gradio hands out what is below the working directory; the package is elsewhere
+    for label, (question, files) in EXAMPLES.items():
+        tab.get_by_role("button", name=label, exact=True).click()
+        expect(tab.locator("#question textarea")).to_have_value(question)
+        expect(tab.locator("#question .thumbnail-item")).to_have_count(len(files))
+
+
+def test_questions_are_shown_as_typed(tab):
+    ask(tab, "Is <image> <b>bold</b>, or `a < b`?")
+    assert tab.locator("#conversation [data-testid=user]").inner_text().strip() == "Is <image> <b>bold</b>, or a < b?"
+
+
+def test_empty_question_changes_nothing(tab):
+    assert ask(tab, "Describe the picture.", EXAMPLE_IMAGE) == CAPTION
+    with tab.expect_response("**/queue/data*"):
+        tab.locator("#question textarea").press("Enter")
+    tab.wait_for_timeout(500)
+    assert ask(tab, "How many shapes are there?") == "3"
+    expect(tab.locator("#conversation [data-testid=bot]")).to_have_count(2)
+
+
+def test_answer_written_again_with_other_settings(tab):
+    assert ask(tab, "Describe the picture.", EXAMPLE_IMAGE) == CAPTION
+    tab.locator("button.label-wrap").filter(has_text="Settings").first.click()
+    length = tab.get_by_label("number input for Length").first
+    length.fill("2")
+    length.blur()
+    tab.locator("#conversation button[aria-label=Retry]").click()
+    expect(tab.locator("#conversation [data-testid=bot]")).to_have_text("a red")
+    open_tab(tab, "What it sees")
+    expect(tab.locator("#tokens button")).to_have_text(["a", " red"])
 
 
 def test_two_images(tab):
@@ -243,7 +278,6 @@ def test_live_camera(tab, monkeypatch):
         tab.locator("[data-do=reset]").click()
         expect(tab.locator("[data-show=shown]")).to_have_text("0")
     expect(tab.locator(".answers dd")).to_have_text("right")
-    screenshot(tab, "live")
     for _ in range(2):  # the second time after a reload, which keeps the stream
         question = tab.locator("#live-question textarea, #live-question input")
         question.fill(DIRECTION)
@@ -260,10 +294,33 @@ def test_live_camera(tab, monkeypatch):
     assert 100 < int(tab.locator("[data-show=tokens]").inner_text()) <= 200
 
 
+def test_live_settings_while_frames_are_shown(tab):
+    shown = "Number(document.querySelector('[data-show=shown]').textContent)"
+    open_tab(tab, "Live")
+    rate, side, budget = (tab.locator(f"[data-field={name}]") for name in ("rate", "side", "budget"))
+    rate.fill("10")
+    tab.locator("[data-do=camera]").click()
+    tab.wait_for_function(f"{shown} > 30")
+    more = f"count => {shown} > count"
+    for field, typed, complete in ((side, "", "64"), (budget, "2", "64"), (rate, "1", "1")):
+        field.fill(typed)  # changes nothing yet
+        tab.wait_for_function(more, arg=tab.evaluate(shown) + 5)
+        if field is budget:
+            assert int(tab.locator("[data-show=tokens]").inner_text().replace(",", "")) > 500
+        field.press("Enter")
+        expect(field).to_have_value(complete)
+    tab.wait_for_function(more, arg=tab.evaluate(shown) + 2, timeout=10_000)
+    assert int(tab.locator("[data-show=tokens]").inner_text()) <= 64
+
+
 def test_live_file(tab):
     open_tab(tab, "Live")
+    tab.locator("[data-field=questions]").fill(DIRECTION)
     tab.locator("#live input[type=file]").set_input_files(str(EXAMPLES["A video"][1][0]))
     tab.wait_for_function("Number(document.querySelector('[data-show=shown]').textContent) > 2")
+    expect(tab.locator("[data-do=stop]")).to_be_disabled(timeout=30_000)  # at the end
+    expect(tab.locator(".answers dd")).to_have_text("right")
+    screenshot(tab, "live")
     tab.locator("#live input[type=file]").set_input_files(str(EXAMPLE_IMAGE))
     expect(tab.get_by_text("scene.png cannot be played")).to_be_visible()
 
@@ -291,12 +348,18 @@ def test_photo_from_the_camera(tab):
 def test_drawing_of_a_token(tab):
     assert ask(tab, "Describe the picture.", EXAMPLE_IMAGE) == CAPTION
     open_tab(tab, "What it sees")
+    with tab.expect_response("**/queue/data*"):
+        tab.get_by_label("Attention").click()
+        tab.get_by_role("option", name="layer 1").click()
+    tab.wait_for_timeout(500)
+    expect(tab.get_by_text("Error")).to_have_count(0)
     token = tab.locator("#tokens button").filter(has_text="circle")
     token.focus()
     tab.keyboard.press("Enter")
     figure = tab.locator("#figure img")
     expect(figure).to_be_visible()
     expect(token).to_have_attribute("aria-pressed", "true")
+    expect(token).to_be_focused()
     assert figure.evaluate("image => image.naturalWidth") > 1000
     screenshot(tab, "what-it-sees")
     first = figure.get_attribute("src")
@@ -306,11 +369,13 @@ def test_drawing_of_a_token(tab):
 
 def test_compare(tab):
     open_tab(tab, "Compare")
-    attach(tab, EXAMPLE_IMAGE, within="#compare-question")
     budget = tab.get_by_label("Pixel budget").last  # of B
     budget.fill("1024")
     budget.blur()
     box = tab.locator("#compare-question textarea")
+    with tab.expect_response("**/queue/data*"):
+        box.press("Enter")  # without a question and files, nothing is asked
+    attach(tab, EXAMPLE_IMAGE, within="#compare-question")
     box.fill("How many shapes are there?")
     box.press("Enter")
     expect(tab.locator("#answer-A textarea")).to_have_value("3")
@@ -320,7 +385,7 @@ def test_compare(tab):
     screenshot(tab, "compare")
 
 
-def test_ten_people_get_their_own_answers(visit, tmp_path):
+def test_ten_people_get_their_own_answers(visit, page, monkeypatch, tmp_path):
     colors = ["red", "green", "blue", "yellow", "purple", "orange", "red", "green", "blue", "yellow"]
     tabs = []
     for number, color in enumerate(colors):
@@ -328,10 +393,40 @@ def test_ten_people_get_their_own_answers(visit, tmp_path):
         draw((64, 64), "white", [Shape(color, "circle", 4 + 4 * (number % 2), 8)]).save(file)
         tabs.append(visit())
         attach(tabs[-1], file)
+    forward, all_asked = page.sessions.model.forward, threading.Event()
+
+    @functools.wraps(forward)
+    def wait(*args, **kwargs):
+        all_asked.wait(60)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(page.sessions.model, "forward", wait)
     for tab in tabs:
         submit(tab, "What color is the shape at the top left?")
+    expect(tabs[-1].locator("#chat-status")).to_contain_text("queue", timeout=30_000)
+    all_asked.set()
     for tab, color in zip(tabs, colors, strict=True):
         assert finished_answer(tab) == color
+
+
+def contrast(element):
+    """Of the text of an element with what is behind it, as WCAG 2 defines it."""
+    colors = element.evaluate(
+        """element => {
+            const text = getComputedStyle(element).color;
+            while (getComputedStyle(element).backgroundColor === "rgba(0, 0, 0, 0)") element = element.parentElement;
+            const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+            return [text, getComputedStyle(element).backgroundColor].map(color => {
+                canvas.fillStyle = color;
+                canvas.fillRect(0, 0, 1, 1);
+                return [...canvas.getImageData(0, 0, 1, 1).data.slice(0, 3)];
+            });
+        }"""
+    )
+    channels = np.array(colors) / 255
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    darker, lighter = sorted(linear @ [0.2126, 0.7152, 0.0722])
+    return (lighter + 0.05) / (darker + 0.05)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -347,4 +442,6 @@ def test_phone(visit, scheme):
             expect(tab.locator("#figure img")).to_be_visible()
         tab.wait_for_timeout(300)
         assert tab.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        for label in tab.locator("label, dt, dd, #limits, #chat-status, [role=tab]").all():
+            assert not label.is_visible() or contrast(label) >= 4.5, label.evaluate("label => label.outerHTML")
         screenshot(tab, f"phone-{scheme}-{name.lower().replace(' ', '-')}")

@@ -13,12 +13,12 @@ import time
 import pytest
 import torch
 import yaml
-from helpers import ROOT, image_message
+from helpers import ROOT, free_port, image_message
 from packaging.requirements import Requirement
 from PIL import Image
 from world import Shape, draw
 
-from neo_hf.loading import EXAMPLE_IMAGE
+from neo_hf.loading import EXAMPLE_IMAGE, NANO
 
 pytest.importorskip("gradio", reason="needs Gradio: make test-web, or pip install 'neo-hf[web]'")
 
@@ -26,7 +26,7 @@ import httpx
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-from neo_hf.web import Page
+from neo_hf.web import Page, media
 from neo_hf.web.conversation import Conversation, Settings
 from neo_hf.web.live import Live
 from neo_hf.web.media import MAX_FILES, delete_old_files, read_uploads
@@ -35,6 +35,10 @@ from neo_hf.web.sessions import Sessions
 
 CAPTION = "a red circle at the top left, a blue square at the top right, a yellow star at the bottom left"
 DIRECTION = "Which way does the red circle move?"
+
+
+def environment(**variables):
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables}
 
 
 def ask(conversation, question, *files, **settings):
@@ -123,7 +127,7 @@ def test_undo_and_retry(conversation):
     ask(conversation, "How many shapes are there?")
     conversation.undo()
     assert conversation.ids == ids
-    assert "".join(conversation.retry()) == CAPTION
+    assert "".join(conversation.retry(Settings())) == CAPTION
     assert conversation.ids == ids
     assert ask(conversation, "How many shapes are there?") == "3"
 
@@ -237,9 +241,25 @@ def test_uploads_are_checked(tmp_path, monkeypatch):
             read_uploads([str(file)], tmp_path)
     with pytest.raises(ValueError, match=f"up to {MAX_FILES} files, got 17"):
         read_uploads([str(EXAMPLE_IMAGE)] * 17, tmp_path)
+    monkeypatch.setattr(media, "MAX_PIXELS", 10_000)
+    with pytest.raises(ValueError, match="of a question can have up to"):
+        read_uploads([str(EXAMPLE_IMAGE)] * 3, "/")
     Image.new("1", (10_000, 10_000)).save(damaged)
     with pytest.raises(ValueError, match="10000 x 10000 pixels; the limit is 50 megapixels"):
         read_uploads([str(damaged)], tmp_path)
+
+
+def test_webp_is_an_image_on_any_system(tmp_path):
+    file = tmp_path / "photo.webp"
+    Image.new("RGB", (64, 64)).save(file)
+    script = """if True:
+        import mimetypes, sys
+        mimetypes.knownfiles.clear()
+        from neo_hf.web.media import read_uploads
+        print(read_uploads(sys.argv[1:], "/"))
+        """
+    output = subprocess.check_output([sys.executable, "-c", script, file], env=environment(), text=True)
+    assert "photo.webp" in output
 
 
 def test_old_files_are_deleted(tmp_path):
@@ -296,9 +316,8 @@ def test_space_runs_as_pushed(tmp_path):
     assert header["sdk"] == "gradio"
     assert f"gradio=={header['sdk_version']}" in (ROOT / "constraints-web.txt").read_text().splitlines()
     assert Requirement((tmp_path / "requirements.txt").read_text()).extras == {"web"}
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-u", header["app_file"]]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as space:
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True) as space:
         try:
             url = next(found[0] for line in space.stdout if (found := re.search(r"http://\S+", line)))
             files = [handle_file(EXAMPLE_IMAGE)]
@@ -306,6 +325,25 @@ def test_space_runs_as_pushed(tmp_path):
         finally:
             space.terminate()
     assert answer == CAPTION
+
+
+def test_command(tmp_path):
+    other, uploads = tmp_path / "other", tmp_path / "uploads"
+    shutil.copytree(NANO, other)
+    uploads.mkdir()
+    command = [sys.executable, "-u", "-m", "neo_hf_cli", "web", "nano", "--compare", other, "--port", str(free_port())]
+    variables = environment(NEO_WEB_AUTH="me:a:secret", TMPDIR=str(uploads))
+    with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            url = next(found[0] for line in server.stdout if (found := re.search(r"http://\S+", line)))
+            assert httpx.get(f"{url}/config").status_code == 401
+            client = Client(url, auth=("me", "a:secret"), verbose=False)
+            files = [handle_file(EXAMPLE_IMAGE)]
+            assert client.predict(question="Describe the picture.", files=files, api_name="/ask") == CAPTION
+            assert list(uploads.rglob("scene.png"))
+        finally:
+            server.terminate()
+    assert not list(uploads.rglob("scene.png"))
 
 
 def test_no_file_of_the_server_can_be_read(page, tmp_path):

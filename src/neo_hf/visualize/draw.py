@@ -46,7 +46,8 @@ def plot_units(prompt: Prompt, ax: Axes | None = None) -> Figure:
     length = len(prompt.input_ids)
     ax.set(xlim=(0, length), ylim=(-0.12, 1), xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
-    ax.set_title(f"{length:,} tokens, {len(prompt.images)} images", loc="left")
+    count = len(prompt.images)
+    ax.set_title(f"{length:,} tokens, {count} image{'' if count == 1 else 's'}", loc="left")
     colors = _unit_colors(prompt)
     for unit, color in zip(prompt.units, colors, strict=True):
         ax.add_patch(

@@ -51,6 +51,7 @@ class Turn:
     A question and its answer: tokens [start, answer_start) and [answer_start, stop) of the conversation.
 
     thumbnails: (name, `data:` URI) of what went with the question; files themselves are not kept.
+    stop: 0 while the answer is being written.
     answer: the text so far.
     images: pixel_values and image_grid_hw of the question, empty without images.
     num_computed: tokens of the question that were not cached yet.
@@ -104,9 +105,10 @@ class Conversation(CachedConversation):
         self.turns.append(Turn(question, thumbnails, start, len(self.ids), images, settings))
         return self._start_answer()
 
-    def retry(self) -> Iterator[str]:
-        """Answer the last question again."""
+    def retry(self, settings: Settings) -> Iterator[str]:
+        """Answer the last question again. Its images and videos stay as they were read."""
         turn = self.turns[-1]
+        turn.settings = settings
         question = self.ids[turn.start : turn.answer_start]
         self.rewind(turn.start)
         self.ids += question
@@ -131,7 +133,7 @@ class Conversation(CachedConversation):
 
     def _answer(self) -> Iterator[str]:
         turn = self.turns[-1]
-        turn.answer = ""
+        turn.answer, turn.stop = "", 0
         started = time.perf_counter()
         turn.num_computed = turn.answer_start - self.num_cached
         answer = BackgroundAnswer(

@@ -1,7 +1,6 @@
 // Frames of a camera, a screen or a file go to the server one at a time: the next is taken when the last one is in the
 // cache, so the page never falls behind. Those in between are skipped and counted.
 const find = selector => element.querySelector(selector);
-const field = name => find(`[data-field="${name}"]`);
 const video = find("video");
 const chooser = find("input[type=file]");
 const canvas = document.createElement("canvas");
@@ -13,6 +12,15 @@ const say = (text, isNote = false) => {
   message.textContent = text;
   message.classList.toggle("note", isNote);
 };
+const settings = {};
+for (const input of element.querySelectorAll("input[type=number]")) { // read when complete, not while they are typed
+  const name = input.dataset.field;
+  settings[name] = input.valueAsNumber;
+  input.addEventListener("change", () => {
+    const typed = Number.isNaN(input.valueAsNumber) ? settings[name] : input.valueAsNumber;
+    input.value = settings[name] = Math.min(Math.max(typed, input.min), input.max);
+  });
+}
 const show = (name, text) => { find(`[data-show="${name}"]`).textContent = text; };
 const milliseconds = seconds => `${(1000 * seconds).toFixed(0)} ms`;
 
@@ -36,7 +44,7 @@ function showAnswers(questions, answers) {
 
 // The frame that the video shows, its longer side shrunk to `side` pixels. Small ones are sent exactly.
 function grab() {
-  const scale = Math.min(1, field("side").valueAsNumber / Math.max(video.videoWidth, video.videoHeight));
+  const scale = Math.min(1, settings.side / Math.max(video.videoWidth, video.videoHeight));
   canvas.width = Math.max(1, Math.round(video.videoWidth * scale));
   canvas.height = Math.max(1, Math.round(video.videoHeight * scale));
   const context = canvas.getContext("2d");
@@ -46,13 +54,13 @@ function grab() {
 }
 
 async function loop(current) {
-  const first = performance.now();
-  const start = nextTime;
   const recent = [];
-  let slot = -1, skipped = 0, lastSkip = -Infinity;
+  let rate, first, start, slot; // frames are counted from `first` and `start` on, where the rate was last changed
+  let skipped = 0, lastSkip = -Infinity;
   show("skipped", 0);
   while (current === run) {
-    const period = 1 / Math.max(0.1, field("rate").valueAsNumber || 1);
+    if (rate !== settings.rate) [rate, first, start, slot] = [settings.rate, performance.now(), nextTime, -1];
+    const period = 1 / rate;
     const elapsed = (performance.now() - first) / 1000;
     const due = Math.floor(elapsed / period);
     if (due <= slot) {
@@ -64,14 +72,14 @@ async function loop(current) {
       lastSkip = performance.now();
     }
     slot = due;
-    const questions = field("questions").value.split("\n").map(line => line.trim()).filter(Boolean);
+    const questions = find("textarea").value.split("\n").map(line => line.trim()).filter(Boolean);
     let status;
     try {
       status = await server.show_frame({
         key: neoSession(),
         image: grab(),
         timestamp: start + slot * period,
-        max_tokens: field("budget").valueAsNumber || null,
+        max_tokens: settings.budget,
         questions,
       });
     } catch (error) {

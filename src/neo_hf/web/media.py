@@ -17,9 +17,12 @@ from PIL import Image
 from neo_hf.image_processing_neo import load_image
 from neo_hf.video_processing_neo import open_video
 
+mimetypes.add_type("image/webp", ".webp")  # of photos from the page's camera; Python knows it from 3.13 on
+
 MAX_FILE_BYTES = 64 * 2**20
 MAX_FILES = 16  # with one question
 MAX_IMAGE_PIXELS = 50_000_000
+MAX_PIXELS = 200_000_000  # of all images of a question, which are in memory together
 THUMBNAIL_SIDE = 160  # pixels
 THUMBNAILS_PER_VIDEO = 4
 
@@ -49,7 +52,15 @@ def read_uploads(files: Sequence[str], folder: str | os.PathLike) -> list[Upload
     for file in files:
         if not Path(file).resolve().is_relative_to(root):
             raise ValueError(f"{Path(file).name} was not uploaded.")
-    return [_read_upload(Path(file)) for file in files]
+    uploads, pixels = [], 0
+    for file in files:
+        upload = _read_upload(Path(file))
+        if image := upload.part.get("image"):
+            pixels += image.width * image.height
+        if pixels > MAX_PIXELS:
+            raise ValueError(f"The images of a question can have up to {MAX_PIXELS // 1_000_000} megapixels together.")
+        uploads.append(upload)
+    return uploads
 
 
 def _read_upload(file: Path) -> Upload:

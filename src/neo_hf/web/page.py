@@ -5,6 +5,7 @@ import copy
 import html
 import io
 import os
+import re
 import tempfile
 import threading
 import time
@@ -93,12 +94,13 @@ class Page:
         threading.Thread(target=self._sweep, daemon=True).start()
         theme = gr.themes.Default(
             primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-        )
+        ).set(body_text_color_subdued="*neutral_600", input_placeholder_color="*neutral_500")  # Gradio's are too light
         settings: dict[str, Any] = {
             "theme": theme,
             "css_paths": HERE / "page.css",
             "head": f"<script>{(HERE / 'session.js').read_text()}</script>",
             "max_file_size": MAX_FILE_BYTES,
+            "allowed_paths": [str(file) for _, files in EXAMPLES.values() for file in files],
             "share": False,
             "ssr_mode": False,
             "footer_links": ["settings", "api"],
@@ -146,9 +148,14 @@ class Page:
 
         inputs = [self._key, message, camera, *settings]
         outputs = [self._chatbot, message, camera, self._status]
-        private = {"api_visibility": "private", "show_progress": "hidden", "concurrency_id": "answers"}
+        private = {  # the place in the queue, and the time, where the status will be
+            "api_visibility": "private",
+            "show_progress": "minimal",
+            "show_progress_on": self._status,
+            "concurrency_id": "answers",
+        }
         message.submit(self._chat, inputs, outputs, concurrency_limit=ANSWERS_AT_ONCE, **private)
-        self._chatbot.retry(self._retry, [self._key], outputs, **private)
+        self._chatbot.retry(self._retry, [self._key, *settings], outputs, **private)
         undo = {"queue": False, "api_visibility": "private"}
         message.stop(self._stop, [self._key], queue=False, api_visibility="private")
         self._chatbot.undo(self._undo, [self._key], outputs, **undo)
@@ -158,6 +165,7 @@ class Page:
     def _chat(self, key: str, message: dict, camera: str | None, *settings) -> Iterator[dict]:
         files = [*message["files"], *([camera] if camera else [])]
         text = message["text"].strip()
+        yield gr.skip()  # Gradio empties the outputs of a generator that yields nothing
         if not text and not files:
             return
         session = self._session_of(key)
@@ -175,12 +183,13 @@ class Page:
         finally:
             session.lock.release()
 
-    def _retry(self, key: str) -> Iterator[dict]:
+    def _retry(self, key: str, *settings) -> Iterator[dict]:
+        yield gr.skip()
         session = self.sessions.find(key)
         if session is None or not session.conversation.turns or not session.lock.acquire(blocking=False):
             return
         try:
-            yield from self._write(session, session.conversation.retry())
+            yield from self._write(session, session.conversation.retry(_settings(*settings)))
         finally:
             session.lock.release()
 
@@ -220,7 +229,7 @@ class Page:
     def _undo(self, key: str) -> dict:
         session = self.sessions.find(key)
         if session is None or not session.conversation.turns or not session.lock.acquire(blocking=False):
-            return {}
+            return gr.skip()
         try:
             turn = session.conversation.undo()
         finally:
@@ -327,11 +336,15 @@ class Page:
         if session := self.sessions.find(key):
             session.live = self.sessions.new_live()
 
-    def _live_ask(self, key: str, question: str) -> Iterator[str]:
+    def _live_ask(self, key: str, question: str) -> Iterator[Any]:
+        yield gr.skip()
+        if not question.strip():
+            return
         session = self.sessions.find(key)
-        if session is None:
+        if session is None or not session.live.status()["shown"]:
             gr.Warning("Nothing has been shown yet: start the camera, a screen or a file first.")
             return
+        session.used = time.monotonic()
         started, answer = time.perf_counter(), ""
         try:
             for piece in session.live.ask(question, LIVE_ANSWER_TOKENS):
@@ -372,22 +385,22 @@ class Page:
         def draw(key: str, number: int | None, token: int | None, layer: int) -> dict:
             session = self.sessions.find(key)
             if session is None or number is None or token is None:
-                return {}
+                return gr.skip()
             with session.lock:
                 conversation = session.conversation
                 if number >= len(conversation.turns):
-                    return {}
+                    return gr.skip()
                 turn = conversation.turns[number]
                 if not turn.answer_start <= token < turn.stop:
-                    return {}
+                    return gr.skip()
                 inputs = conversation.inputs_before(token)
                 buttons = _token_buttons(conversation, number, token)
             return {figure: self._draw(inputs, layer - 1 if layer else None), tokens: buttons}
 
-        self._chatbot.change(list_answers, [self._key], number, queue=False, api_visibility="private")
-        number.change(
-            list_tokens, [self._key, number], [tokens, chosen, figure], queue=False, api_visibility="private"
-        )
+        listing = {"queue": False, "api_visibility": "private"}
+        tokens_of = (list_tokens, [self._key, number], [tokens, chosen, figure])
+        self._chatbot.change(list_answers, [self._key], number, **listing).then(*tokens_of, **listing)
+        number.input(*tokens_of, **listing)
         drawing = {"concurrency_limit": 1, "api_visibility": "private"}
         tokens.select(choose, outputs=chosen, queue=False, api_visibility="private").then(
             draw, [self._key, number, chosen, layer], [figure, tokens], **drawing
@@ -430,6 +443,9 @@ class Page:
         size = len(sides[0])
 
         def compare(message: dict, *chosen) -> Iterator[list]:
+            yield [gr.skip()] * len(outputs)
+            if not message["text"].strip() and not message["files"]:
+                return
             shown = ["", "", "", ""]
             try:
                 uploads = self._read(message["files"])
@@ -450,7 +466,8 @@ class Page:
             [message, *sides[0], *sides[1]],
             outputs,
             api_visibility="private",
-            show_progress="hidden",
+            show_progress="minimal",
+            show_progress_on=outputs[1],
             concurrency_limit=ANSWERS_AT_ONCE,
             concurrency_id="answers",
         )
@@ -476,6 +493,7 @@ class Page:
                     uploads = self._read([file["path"] for file in files])
                     for _ in session.conversation.ask(question, uploads, settings):
                         yield session.conversation.turns[-1].answer
+                    session.used = time.monotonic()
                     yield session.conversation.turns[-1].answer
 
         def start_over(request: gr.Request) -> str:
@@ -573,14 +591,22 @@ def _settings(max_pixels, num_frames, temperature, top_p, max_new_tokens) -> Set
 
 def _transcript(conversation: Conversation) -> list[dict]:
     """The messages of the Chatbot. Images are inside the page: no file is served."""
-    messages = []
+    messages: list[dict] = []
     for turn in conversation.turns:
         images = "".join(
             f'<img src="{source}" alt="{html.escape(name)}" class="thumbnail">' for name, source in turn.thumbnails
         )
-        question = "\n\n".join(filter(None, (images, html.escape(turn.question, quote=False))))
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": turn.answer}]
+        content = [gr.HTML(images)] if images else []
+        if turn.question:
+            content.append(_escape(turn.question))
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": turn.answer}]
     return messages
+
+
+def _escape(text: str) -> str:
+    """Markdown in which HTML is shown as it was typed. In code, Markdown does that itself."""
+    parts = re.split(r"(`+[^`]+`+)", text)
+    return "".join(part if number % 2 else html.escape(part, quote=False) for number, part in enumerate(parts))
 
 
 def _describe(conversation: Conversation) -> str:

@@ -113,7 +113,8 @@ class Sessions:
     def max_bytes(self) -> int:
         """
         The most that all sessions can hold: keys and values with an eighth of spare room, and the pixels of
-        conversations. While answers are written, their forks of live streams come on top.
+        conversations. While answers are written, their forks of live streams and the conversations of comparisons come
+        on top.
         """
         return int(
             self.max_sessions * self.max_tokens * (2 * 9 / 8 * bytes_per_token(self.model) + self._pixel_bytes())
