@@ -35,6 +35,7 @@ logger = logging.get_logger(__name__)
 
 BLOCK_SIZE = 128  # queries and keys per block of FlexAttention
 TILE_SIZE = 256  # queries per tile: enough for efficient matrix products, few enough to compute few hidden scores
+KEY_BLOCK = 1024  # keys per block of a tile: few enough for its scores to stay in the processor's caches
 # On CUDA, shorter prompts use SDPA with a dense mask: compiling a kernel would not pay off.
 MIN_FLEX_LENGTH = 1024
 
@@ -129,6 +130,14 @@ def can_compile_kernels(device_type: str) -> bool:
     return has_compiler and (device_type == "cpu" or has_triton())
 
 
+def even_parts(start: int, end: int, size: int) -> list[tuple[int, int]]:
+    """
+    Cut [start, end) into equal parts of at most 1.5 * size. A small rest would make an inefficient matrix product.
+    """
+    count = max(1, round((end - start) / size))
+    return list(pairwise(start + (end - start) * i // count for i in range(count + 1)))
+
+
 class KeyRuns:
     """
     A mask in which each query sees the attended keys at positions [first, last). Built once per forward and shared by
@@ -188,8 +197,7 @@ class KeyRuns:
             for begin, stop in pairwise(borders):
                 if first[begin] >= last[begin]:
                     continue  # padding
-                for start in range(begin, stop, TILE_SIZE):
-                    end = min(start + TILE_SIZE, stop)
+                for start, end in even_parts(begin, stop, TILE_SIZE):
                     seen_by_all, seen_by_one = int(last[start]), int(last[end - 1])
                     hidden = None
                     if seen_by_all < seen_by_one:
@@ -344,8 +352,8 @@ def find_key_runs(
 
 class TiledAttention(torch.autograd.Function):
     """
-    Attention of each tile as two matrix products around a softmax. No L x S tensor is stored: the backward pass
-    recomputes each tile's weights.
+    Attention of each tile as two matrix products around a softmax, for one block of keys after another, as in
+    FlashAttention. No L x S tensor is stored: the backward pass recomputes each tile's weights.
 
     Scores, softmax and the backward pass are float32 or wider. Weights are rounded to meet bfloat16 values, as in SDPA
     and FlashAttention, since this product is twice as fast; float16 values are widened: CPUs multiply them slowly.
@@ -359,11 +367,11 @@ class TiledAttention(torch.autograd.Function):
         ctx.runs, ctx.scale = runs, scale
         output = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
         grouped_query, grouped_output = (_grouped(x, key) for x in (query, output.transpose(1, 2)))
-        scores = _scores_of_largest_tile(runs, grouped_query)
+        memory = _scores_of_largest_tile(runs, grouped_query)
         for new, seen, hidden in _tiles_of_heads(runs, key.shape[1]):
-            weights = _weights(_widen(grouped_query[new]), _widen(key[seen]), scale, hidden, scores)
-            values = value[seen] if value.dtype == torch.bfloat16 else _widen(value[seen])
-            grouped_output[new] = (weights.to(values.dtype) @ values).view(grouped_output[new].shape)
+            q = _widen(grouped_query[new]).flatten(0, 1)
+            tile = _attend_tile(q, key[seen], value[seen], scale, hidden, memory)
+            grouped_output[new] = tile.view(grouped_output[new].shape)
         return output
 
     @staticmethod
@@ -375,15 +383,16 @@ class TiledAttention(torch.autograd.Function):
         grads = [torch.zeros_like(_widen(x), memory_format=torch.contiguous_format) for x in inputs]
         grad_query, grad_key, grad_value = _grouped(grads[0], key), *grads[1:]
         grouped_query, grad_output = (_grouped(x, key) for x in (query, grad_output.transpose(1, 2)))
-        scores = _scores_of_largest_tile(ctx.runs, grouped_query)
+        memory = _scores_of_largest_tile(ctx.runs, grouped_query)
         for new, seen, hidden in _tiles_of_heads(ctx.runs, key.shape[1]):
             q, k, v, grad = (_widen(x) for x in (grouped_query[new], key[seen], value[seen], grad_output[new]))
-            weights = _weights(q, k, ctx.scale, hidden, scores)
-            grad = grad.flatten(0, 1)
+            q, grad = q.flatten(0, 1), grad.flatten(0, 1)
+            scores = _scores(q, k, ctx.scale, hidden, memory)
+            weights = torch.softmax(scores, -1, out=scores)
             grad_value[seen].addmm_(weights.T, grad)
             grad_scores = torch._softmax_backward_data(grad @ v.T, weights, -1, weights.dtype)
-            grad_query[new] = (grad_scores @ k).mul_(ctx.scale).view(q.shape)
-            grad_key[seen].addmm_(grad_scores.T, q.flatten(0, 1), alpha=ctx.scale)
+            grad_query[new] = (grad_scores @ k).mul_(ctx.scale).view(grad_query[new].shape)
+            grad_key[seen].addmm_(grad_scores.T, q, alpha=ctx.scale)
         return *(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)), None, None
 
 
@@ -412,19 +421,55 @@ def _scores_of_largest_tile(runs: KeyRuns, grouped_query: torch.Tensor) -> torch
     return _widen(grouped_query.new_empty(0)).new_empty(grouped_query.shape[2] * size)
 
 
-def _weights(
+def _attend_tile(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    hidden: torch.Tensor | None,
+    memory: torch.Tensor,
+) -> torch.Tensor:
+    """
+    query (G * n, D), key (m, D), value (m, V), hidden (n, h) for the last h keys -> (G * n, V). All queries see the
+    first key.
+    """
+    num_keys, is_bfloat16 = len(key), value.dtype == torch.bfloat16
+    # bfloat16 values are multiplied with all weights at once: the product of each block would be rounded.
+    blocks = even_parts(0, num_keys, num_keys if is_bfloat16 else KEY_BLOCK)
+    if len(blocks) == 1:
+        scores = _scores(query, _widen(key), scale, hidden, memory)
+        weights = torch.softmax(scores, -1, out=scores)
+        return weights.to(value.dtype) @ value if is_bfloat16 else weights @ _widen(value)
+    seen_by_all = num_keys if hidden is None else num_keys - hidden.shape[1]
+    output = query.new_zeros(len(query), value.shape[-1])
+    log_sum = query.new_full((len(query), 1), -torch.inf)  # of the exponentials of the scores so far
+    for start, end in blocks:
+        hidden_here = None
+        if hidden is not None and end > seen_by_all:
+            hidden_here = hidden[:, max(start - seen_by_all, 0) : end - seen_by_all]
+        scores = _scores(query, _widen(key[start:end]), scale, hidden_here, memory)
+        largest = scores.amax(-1, keepdim=True)
+        weights = torch.softmax(scores, -1, out=scores)
+        # The largest weight is exp(largest) over the sum.
+        block_log_sum = largest - weights.amax(-1, keepdim=True).log()
+        output.lerp_(weights @ _widen(value[start:end]), torch.sigmoid(block_log_sum - log_sum))
+        log_sum = torch.logaddexp(log_sum, block_log_sum)
+    return output
+
+
+def _scores(
     query: torch.Tensor, key: torch.Tensor, scale: float, hidden: torch.Tensor | None, memory: torch.Tensor
 ) -> torch.Tensor:
     """
-    query (G, n, D), key (m, D), hidden (n, h) for the last h keys -> attention weights (G * n, m), a view of `memory`.
+    query (G * n, D), key (m, D), hidden (n, h) for the last h keys -> scores (G * n, m), a view of `memory`. Hidden
+    scores are finite, because a query may see no key of a block.
     """
-    query = query.flatten(0, 1) * scale
     scores = memory[: len(query) * len(key)].view(len(query), len(key))
-    torch.mm(query, key.T, out=scores)
+    torch.addmm(scores, query, key.T, beta=0, alpha=scale, out=scores)
     if hidden is not None:
         last = scores.view(-1, *hidden.shape[:1], len(key))[..., -hidden.shape[1] :]
-        last.masked_fill_(hidden, -torch.inf)
-    return torch.softmax(scores, -1, out=scores)
+        last.masked_fill_(hidden, torch.finfo(scores.dtype).min)
+    return scores
 
 
 @torch.compiler.disable  # tiles depend on values: a compiled layer would be compiled anew for each layout

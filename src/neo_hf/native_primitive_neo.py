@@ -1,5 +1,6 @@
 """The native primitive: a Qwen3 block with Multi-Head Native Attention (NEO paper, section 3.1)."""
 
+from .attention_neo import even_parts
 from .configuration_neo import NeoTextConfig
 from .rotary_neo import apply_rotary
 
@@ -15,6 +16,10 @@ from transformers.utils.import_utils import is_tracing
 # Tokens of a row that an MLP processes at once without gradients. Otherwise, its activations would take most of the
 # memory of a long prompt.
 MLP_CHUNK = 1024
+# Tokens whose queries or keys are normalised and rotated at once on a CPU without gradients. Otherwise, the results in
+# between would not stay in the processor's caches, and for a long prompt the allocator would return each of them to
+# the system, which clears every page of the next.
+ROTARY_CHUNK = 256
 
 
 class NeoAttention(nn.Module):
@@ -66,16 +71,25 @@ class NeoAttention(nn.Module):
         cache = past_key_values if cache is None else cache
         d = self.head_dim
         widths = (d // 2, d // 4, d // 4)
-        cos, sin = (table.split(widths, dim=-1) for table in position_embeddings)
+        at_once = torch.is_grad_enabled() or is_tracing(hidden_states) or hidden_states.device.type != "cpu"
 
         def thw(temporal: nn.Linear, spatial: nn.Linear, *norms: nn.Module) -> torch.Tensor:
-            # One projection at a time, since they are large for a long prompt.
-            halves = [*apply_rotary(norms[0](temporal(hidden_states).unflatten(-1, (-1, d))), cos[0], sin[0])]
-            height_width = spatial(hidden_states).unflatten(-1, (-1, d)).chunk(2, dim=-1)
-            for x, norm, c, s in zip(height_width, norms[1:], cos[1:], sin[1:], strict=True):
-                halves += apply_rotary(norm(x), c, s)
-            # Under autocast the norms return float32, which some kernels cannot combine with half-precision values.
-            return torch.cat(halves, dim=-1).transpose(1, 2).to(height_width[0].dtype)  # (B, heads, L, 2d)
+            def normalize_and_rotate(temporal, spatial, cos, sin):
+                cos, sin = (table.split(widths, dim=-1) for table in (cos, sin))
+                halves: list[torch.Tensor] = []
+                for x, norm, c, s in zip((temporal, *spatial.chunk(2, dim=-1)), norms, cos, sin, strict=True):
+                    halves += apply_rotary(norm(x), c, s)
+                # Under autocast norms return float32, which some kernels cannot combine with half-precision values.
+                return torch.cat(halves, dim=-1).to(spatial.dtype)  # (B, L, heads, 2d)
+
+            projected = [projection(hidden_states).unflatten(-1, (-1, d)) for projection in (temporal, spatial)]
+            inputs = (*projected, *position_embeddings)
+            if at_once or hidden_states.shape[1] <= ROTARY_CHUNK:
+                return normalize_and_rotate(*inputs).transpose(1, 2)
+            result = projected[0].new_empty(*projected[0].shape[:-1], 2 * d)
+            for chunk, *parts in zip(*(x.split(ROTARY_CHUNK, dim=1) for x in (result, *inputs)), strict=True):
+                chunk.copy_(normalize_and_rotate(*parts))
+            return result.transpose(1, 2)  # (B, heads, L, 2d)
 
         query = thw(self.q_proj, self.q_proj_hw, self.q_norm, self.q_norm_h, self.q_norm_w)
         key = thw(self.k_proj, self.k_proj_hw, self.k_norm, self.k_norm_h, self.k_norm_w)
@@ -111,8 +125,9 @@ class NeoDecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
         if torch.is_grad_enabled() or is_tracing(hidden_states):
             return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        for chunk in hidden_states.split(MLP_CHUNK, dim=1):  # in place, which is safe: nothing else holds this tensor
-            chunk += self.mlp(self.post_attention_layernorm(chunk))
+        for start, end in even_parts(0, hidden_states.shape[1], MLP_CHUNK):
+            chunk = hidden_states[:, start:end]
+            chunk += self.mlp(self.post_attention_layernorm(chunk))  # in place: nothing else holds this tensor
         return hidden_states
 
 

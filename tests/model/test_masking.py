@@ -100,8 +100,8 @@ def test_mask(batch, implementation, packed):
 
 
 @settings(max_examples=num_examples(25))
-@given(st.lists(rows(), min_size=1, max_size=3), st.booleans(), st.integers(1, 5))
-def test_same_logits_and_gradients(batch, packed, tile_size):
+@given(st.lists(rows(), min_size=1, max_size=3), st.booleans(), st.integers(1, 5), st.integers(1, 9))
+def test_same_logits_and_gradients(batch, packed, tile_size, key_block):
     inputs, attended, _ = layout(batch, packed)
     patches = int(inputs["image_grid_hw"].prod(-1).sum())
     inputs["pixel_values"] = torch.randn(patches, 768, generator=torch.Generator().manual_seed(1))
@@ -117,7 +117,7 @@ def test_same_logits_and_gradients(batch, packed, tile_size):
         return {"logits": logits[attended]} | {name: parameter.grad for name, parameter in model.named_parameters()}
 
     expected = run("eager")
-    with patch.object(attention_neo, "TILE_SIZE", tile_size):
+    with patch.multiple(attention_neo, TILE_SIZE=tile_size, KEY_BLOCK=key_block):
         for implementation in ("sdpa", "neo"):
             for name, found in run(implementation).items():
                 if expected[name] is None or found is None:  # no images

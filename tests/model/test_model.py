@@ -1,4 +1,5 @@
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from helpers import IMAGE, batch, golden_case, one, random_model, random_prompt,
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from neo_hf import NeoForConditionalGeneration, allocate_position_ids
+from neo_hf import NeoForConditionalGeneration, allocate_position_ids, native_primitive_neo
 from neo_hf.rotary_neo import rotary_tables, rotate_patches
 
 
@@ -107,6 +108,16 @@ def test_images_of_a_batch_are_embedded_as_alone(model, prompts):
     for tokens, patches, grid in zip(together, pixels, inputs["image_grid_hw"], strict=True):
         alone = model.get_image_features(patches, grid[None]).pooler_output[0]
         torch.testing.assert_close(tokens, alone)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4])
+def test_prompts_in_chunks(model, prompts, chunk):
+    """Without gradients, queries, keys and MLPs are computed for a few tokens at a time."""
+    inputs = batch(prompts)
+    expected = model(**inputs, use_cache=False).logits
+    with torch.no_grad(), patch.multiple(native_primitive_neo, ROTARY_CHUNK=chunk, MLP_CHUNK=chunk):
+        found = model(**inputs)
+    torch.testing.assert_close(found.logits, expected, rtol=0, atol=1e-5)
 
 
 def test_patch_embedding_is_the_convolution_it_is_stored_as(model):
