@@ -332,15 +332,16 @@ def test_live_screen(tab):
 
 
 def test_photo_from_the_camera(tab):
-    tab.locator("button.label-wrap").filter(has_text="Settings").first.click()
-    budget = tab.get_by_label("Pixel budget").first
-    budget.fill("4096")  # 64 x 64, which NEO-nano knows
-    budget.blur()
     tab.get_by_role("button", name="Camera").first.click()
     tab.get_by_text("Click to Access Webcam").click()
     tab.wait_for_function("document.querySelector('#camera video')?.currentTime > 0")
     tab.locator("button[aria-label='capture photo']").click()
     expect(tab.locator("#camera img")).to_be_visible()
+    # Not earlier: while the page starts, Gradio may set its fields once more.
+    tab.locator("button.label-wrap").filter(has_text="Settings").first.click()
+    budget = tab.get_by_label("Pixel budget").first
+    budget.fill("4096")  # 64 x 64, which NEO-nano knows
+    budget.blur()
     assert ask(tab, "What is at the bottom left?") == "a blue square"  # the circle may be anywhere
     expect(tab.locator("#conversation img.thumbnail")).to_have_count(1)
 
@@ -369,13 +370,13 @@ def test_drawing_of_a_token(tab):
 
 def test_compare(tab):
     open_tab(tab, "Compare")
-    budget = tab.get_by_label("Pixel budget").last  # of B
-    budget.fill("1024")
-    budget.blur()
     box = tab.locator("#compare-question textarea")
     with tab.expect_response("**/queue/data*"):
         box.press("Enter")  # without a question and files, nothing is asked
     attach(tab, EXAMPLE_IMAGE, within="#compare-question")
+    budget = tab.get_by_label("Pixel budget").last  # of B
+    budget.fill("1024")
+    budget.blur()
     box.fill("How many shapes are there?")
     box.press("Enter")
     expect(tab.locator("#answer-A textarea")).to_have_value("3")
