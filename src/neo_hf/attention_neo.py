@@ -442,18 +442,19 @@ def _attend_tile(
         return weights.to(value.dtype) @ value if is_bfloat16 else weights @ _widen(value)
     seen_by_all = num_keys if hidden is None else num_keys - hidden.shape[1]
     output = query.new_zeros(len(query), value.shape[-1])
-    log_sum = query.new_full((len(query), 1), -torch.inf)  # of the exponentials of the scores so far
+    # Of the scores so far: the largest, and the sum of exp(score - largest).
+    largest, total = query.new_full((len(query), 1), -torch.inf), query.new_zeros(len(query), 1)
     for start, end in blocks:
         hidden_here = None
         if hidden is not None and end > seen_by_all:
             hidden_here = hidden[:, max(start - seen_by_all, 0) : end - seen_by_all]
         scores = _scores(query, _widen(key[start:end]), scale, hidden_here, memory)
-        largest = scores.amax(-1, keepdim=True)
+        before, here = largest, scores.amax(-1, keepdim=True)
+        largest = torch.maximum(before, here)
         weights = torch.softmax(scores, -1, out=scores)
-        # The largest weight is exp(largest) over the sum.
-        block_log_sum = largest - weights.amax(-1, keepdim=True).log()
-        output.lerp_(weights @ _widen(value[start:end]), torch.sigmoid(block_log_sum - log_sum))
-        log_sum = torch.logaddexp(log_sum, block_log_sum)
+        added = torch.exp(here - largest) / weights.amax(-1, keepdim=True)  # the largest weight is 1 over the sum
+        total = total * torch.exp(before - largest) + added
+        output.lerp_(weights @ _widen(value[start:end]), added / total)
     return output
 
 

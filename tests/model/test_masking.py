@@ -127,6 +127,16 @@ def test_same_logits_and_gradients(batch, packed, tile_size, key_block):
                 torch.testing.assert_close(found / scale, expected[name] / scale, rtol=0, atol=1e-4, msg=name)
 
 
+def test_blocks_of_keys_with_large_scores():
+    """Equal scores of ten million, of which blocks hold two and three: their number is not lost in rounding."""
+    query, key = torch.full((1, 1, 5, 4), 5e3), torch.full((1, 1, 5, 4), 500.0)
+    value = torch.tensor([1.0, 0, 0, 0, 0]).view(1, 1, 5, 1)
+    runs = find_key_runs(torch.arange(5).expand(3, 1, 5))
+    with patch.multiple(attention_neo, KEY_BLOCK=2):
+        found = TiledAttention.apply(query, key, value, runs, 1.0)
+    torch.testing.assert_close(found.flatten(), 1 / torch.arange(1.0, 6), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("sharpness", [0.5, 4.0])
 def test_accuracy_in_bfloat16(sharpness):
     """
