@@ -6,8 +6,11 @@ from .prompts import image_part, video_part
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,7 +20,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.output import create_output
 from prompt_toolkit.shortcuts import CompleteStyle
-from transformers import TextStreamer
+from transformers import StoppingCriteriaList, TextStreamer
 
 from neo_hf import NeoForConditionalGeneration, NeoProcessor
 from neo_hf.conversation import CachedConversation
@@ -41,6 +44,25 @@ class RecordingStreamer(TextStreamer):
     def put(self, value: torch.Tensor):
         self.ids += value.flatten().tolist()
         super().put(value)
+
+
+@contextmanager
+def set_on_interrupt(is_interrupted: threading.Event):
+    """
+    Ctrl-C sets the event; pressed again, it raises KeyboardInterrupt. Raised at once, wherever the model happens to
+    be, the exception can get lost: in a callback from C, Python reports it and goes on.
+    """
+
+    def handle(number, frame):
+        if is_interrupted.is_set():
+            signal.default_int_handler(number, frame)
+        is_interrupted.set()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Conversation(CachedConversation):
@@ -83,10 +105,17 @@ class Conversation(CachedConversation):
         media, self.media = self.media, []
         question = {"role": "user", "content": [*media, {"type": "text", "text": text}]}
         start, streamer = len(self.ids), RecordingStreamer(self.processor.tokenizer)
+        is_interrupted = threading.Event()
+
+        def should_stop(input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+            return torch.full(input_ids.shape[:1], is_interrupted.is_set(), device=input_ids.device)
+
         try:
             images = self.add([question] if self.ids else [self.system, question], {"videos_kwargs": self.sampling})
             inputs = self.generate_kwargs(images)
-            self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, streamer=streamer)
+            inputs["stopping_criteria"] = StoppingCriteriaList([should_stop])
+            with set_on_interrupt(is_interrupted):
+                self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, streamer=streamer)
         except KeyboardInterrupt:
             streamer.end()  # prints what it holds back
             if len(streamer.ids) > len(self.ids):
@@ -99,6 +128,8 @@ class Conversation(CachedConversation):
             self.rewind(start)
             raise
         self.end_answer(streamer.ids)
+        if is_interrupted.is_set():
+            raise KeyboardInterrupt
 
 
 def say(text: str):

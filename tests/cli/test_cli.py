@@ -1,7 +1,9 @@
+import contextlib
 import copy
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -115,6 +117,27 @@ def test_what_an_interrupt_leaves(folder, forwards):
     images = {name: prompt[name] for name in ("pixel_values", "image_grid_hw")}
     whole = model.generate(asked, attention_mask=torch.ones_like(asked), **images, max_new_tokens=4)[0].tolist()
     assert conversation.ids[: len(whole)] == whole
+
+
+def test_an_interrupt_is_not_lost(folder):
+    """Nor where an exception would be: the token is finished, nothing after it is written."""
+    model, processor = load_model_and_processor(folder)
+    conversation = Conversation(model, processor, "", [], {}, max_new_tokens=8)
+    lengths = []
+
+    def press(*args):
+        lengths.append(len(conversation.ids))
+        if len(lengths) == 3:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+    model.model.language_model.layers[1].register_forward_pre_hook(press)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        conversation.ask("Hello")
+    assert len(lengths) == 3
+    assert len(conversation.ids) == lengths[0] + 3 + 1  # the end of the turn
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_example_image(capsys):
