@@ -119,6 +119,11 @@ def open_tab(tab, name):
     tab.get_by_role("tab", name=name).click()
 
 
+def open_settings(tab):
+    """Do something else before you fill them in: once more after they are shown, Gradio sets them."""
+    tab.locator("button.label-wrap").filter(has_text="Settings").first.click()
+
+
 def screenshot(tab, name):
     if folder := os.environ.get("WEB_SCREENSHOTS"):
         tab.mouse.move(0, 0)
@@ -179,8 +184,8 @@ def test_empty_question_changes_nothing(tab):
 
 
 def test_answer_written_again_with_other_settings(tab):
+    open_settings(tab)
     assert ask(tab, "Describe the picture.", EXAMPLE_IMAGE) == CAPTION
-    tab.locator("button.label-wrap").filter(has_text="Settings").first.click()
     length = tab.get_by_label("number input for Length").first
     length.fill("2")
     length.blur()
@@ -332,13 +337,12 @@ def test_live_screen(tab):
 
 
 def test_photo_from_the_camera(tab):
+    open_settings(tab)
     tab.get_by_role("button", name="Camera").first.click()
     tab.get_by_text("Click to Access Webcam").click()
     tab.wait_for_function("document.querySelector('#camera video')?.currentTime > 0")
     tab.locator("button[aria-label='capture photo']").click()
     expect(tab.locator("#camera img")).to_be_visible()
-    # Not earlier: while the page starts, Gradio may set its fields once more.
-    tab.locator("button.label-wrap").filter(has_text="Settings").first.click()
     budget = tab.get_by_label("Pixel budget").first
     budget.fill("4096")  # 64 x 64, which NEO-nano knows
     budget.blur()

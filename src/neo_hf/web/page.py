@@ -399,7 +399,8 @@ class Page:
 
         listing = {"queue": False, "api_visibility": "private"}
         tokens_of = (list_tokens, [self._key, number], [tokens, chosen, figure])
-        self._chatbot.change(list_answers, [self._key], number, **listing).then(*tokens_of, **listing)
+        # The status says when an answer has ended. The Chatbot may have shown all of it before.
+        self._status.change(list_answers, [self._key], number, **listing).then(*tokens_of, **listing)
         number.input(*tokens_of, **listing)
         drawing = {"concurrency_limit": 1, "api_visibility": "private"}
         tokens.select(choose, outputs=chosen, queue=False, api_visibility="private").then(
