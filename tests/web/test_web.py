@@ -30,7 +30,7 @@ from neo_hf.web import Page, media
 from neo_hf.web.conversation import Conversation, Settings
 from neo_hf.web.live import Live
 from neo_hf.web.media import MAX_FILES, delete_old_files, read_uploads
-from neo_hf.web.page import EXAMPLES
+from neo_hf.web.page import EXAMPLES, _escape
 from neo_hf.web.sessions import Sessions
 
 CAPTION = "a red circle at the top left, a blue square at the top right, a yellow star at the bottom left"
@@ -378,3 +378,15 @@ def test_password_covers_frames(nano):
         assert httpx.post(f"{url}gradio_api/component_server", json=call).status_code == 401
     finally:
         page.blocks.close()
+
+
+@pytest.mark.parametrize(
+    ("typed", "markdown"),
+    [
+        ("`a < b` < c", "`a < b` &lt; c"),
+        ("```\n<b>\n``` <b>", "```\n<b>\n``` &lt;b&gt;"),
+        ("`<b>`` & &lt;", "`&lt;b&gt;`` &amp; &amp;lt;"),  # no code: Markdown wants as many backticks after it
+    ],
+)
+def test_html_is_text_outside_of_code(typed, markdown):
+    assert _escape(typed) == markdown

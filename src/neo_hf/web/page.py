@@ -606,8 +606,8 @@ def _transcript(conversation: Conversation) -> list[dict]:
 
 def _escape(text: str) -> str:
     """Markdown in which HTML is shown as it was typed. In code, Markdown does that itself."""
-    parts = re.split(r"(`+[^`]+`+)", text)
-    return "".join(part if number % 2 else html.escape(part, quote=False) for number, part in enumerate(parts))
+    code = r"(?<!`)(`+)[^`]+\1(?!`)"
+    return re.sub(code, lambda found: html.unescape(found[0]), html.escape(text, quote=False))
 
 
 def _describe(conversation: Conversation) -> str:
