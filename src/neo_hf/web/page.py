@@ -367,20 +367,20 @@ class Page:
         chosen = gr.State(None)
         figure = gr.HTML(elem_id="figure")
 
-        def list_answers(key: str) -> gr.Dropdown:
-            session = self.sessions.find(key)
-            turns = session.conversation.turns if session else []
-            choices = [(f"{n}. {turn.answer[:80]}", n - 1) for n, turn in enumerate(turns, start=1) if turn.stop]
-            return gr.Dropdown(choices=choices, value=choices[-1][1] if choices else None)
-
         def list_tokens(key: str, number: int | None) -> dict:
             session = self.sessions.find(key)
             if session is None or number is None or number >= len(session.conversation.turns):
                 return {tokens: "", chosen: None, figure: ""}
             return {tokens: _token_buttons(session.conversation, number, None), chosen: None, figure: ""}
 
-        def choose(event: gr.EventData) -> int:
-            return int(event._data["token"])
+        def list_answers(key: str) -> dict:
+            session = self.sessions.find(key)
+            turns = session.conversation.turns if session else []
+            if turns and not turns[-1].stop:
+                return gr.skip()  # an answer is being written; what is returned now might arrive after its end
+            choices = [(f"{n}. {turn.answer[:80]}", n - 1) for n, turn in enumerate(turns, start=1)]
+            last = len(turns) - 1 if turns else None
+            return {number: gr.Dropdown(choices=choices, value=last)} | list_tokens(key, last)
 
         def draw(key: str, number: int | None, token: int | None, layer: int) -> dict:
             session = self.sessions.find(key)
@@ -395,18 +395,20 @@ class Page:
                     return gr.skip()
                 inputs = conversation.inputs_before(token)
                 buttons = _token_buttons(conversation, number, token)
-            return {figure: self._draw(inputs, layer - 1 if layer else None), tokens: buttons}
+            return {figure: self._draw(inputs, layer - 1 if layer else None), tokens: buttons, chosen: token}
 
-        listing = {"queue": False, "api_visibility": "private"}
-        tokens_of = (list_tokens, [self._key, number], [tokens, chosen, figure])
+        def choose(key: str, number: int | None, layer: int, event: gr.EventData) -> dict:
+            return draw(key, number, int(event._data["token"]), layer)
+
+        # Each in one step: of steps that follow one another, Gradio drops those asked for while the last is under way.
+        listing = {"queue": False, "api_visibility": "private", "trigger_mode": "always_last"}
+        outputs = [tokens, chosen, figure]
         # The status says when an answer has ended. The Chatbot may have shown all of it before.
-        self._status.change(list_answers, [self._key], number, **listing).then(*tokens_of, **listing)
-        number.input(*tokens_of, **listing)
-        drawing = {"concurrency_limit": 1, "api_visibility": "private"}
-        tokens.select(choose, outputs=chosen, queue=False, api_visibility="private").then(
-            draw, [self._key, number, chosen, layer], [figure, tokens], **drawing
-        )
-        layer.change(draw, [self._key, number, chosen, layer], [figure, tokens], **drawing)
+        self._status.change(list_answers, [self._key], [number, *outputs], **listing)
+        number.input(list_tokens, [self._key, number], outputs, **listing)
+        drawing = {"concurrency_limit": 1, "concurrency_id": "drawings", "api_visibility": "private"}
+        tokens.select(choose, [self._key, number, layer], outputs, trigger_mode="multiple", **drawing)
+        layer.change(draw, [self._key, number, chosen, layer], outputs, trigger_mode="always_last", **drawing)
 
     def _draw(self, inputs: Mapping[str, torch.Tensor], layer: int | None) -> str:
         from neo_hf import visualize  # needs matplotlib
