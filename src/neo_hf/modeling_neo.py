@@ -18,6 +18,7 @@ K key/value heads, d head_dim; P patches and V visual tokens of N images.
 from .attention_neo import plan_attention
 from .cache_neo import CACHE_NAME, NeoCache, remember_end, rope_deltas_of
 from .chat_neo import NeoChatMixin
+from .checks_neo import check_input_ids, check_shard_index, check_token_ids
 from .configuration_neo import NeoConfig, NeoTextConfig
 from .generation_neo import NeoGenerationMixin
 from .indexing_neo import allocate_position_ids, without_time
@@ -27,7 +28,6 @@ from .patch_embedding_neo import NeoPatchEmbedding, NeoPatchProjection
 from .rotary_neo import rotary_tables
 from .self_test_neo import check_transformers
 
-import json
 import math
 import os
 from collections.abc import Callable
@@ -43,7 +43,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, can_return_tuple, logging
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
@@ -535,40 +535,6 @@ class NeoModel(NeoPreTrainedModel):
         if document_ids is not None or has_images:
             return None, document_ids
         return torch.stack([position_ids, torch.zeros_like(position_ids), torch.zeros_like(position_ids)]), None
-
-
-def check_shard_index(folder: str):
-    """Raise an OSError if the index of shards in a folder cannot be read. transformers does not check or name it."""
-    for file in (os.path.join(folder, name) for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)):
-        if not os.path.isfile(file):
-            continue
-        try:
-            with open(file, encoding="utf-8") as reader:
-                index = json.load(reader)
-            set(index["metadata"]), set(index["weight_map"].values())
-        except Exception as error:
-            raise OSError(
-                f"{file} cannot be read: it must hold a JSON object with metadata and weight_map, the file of each "
-                f"tensor ({type(error).__name__}: {error})."
-            ) from error
-
-
-def check_input_ids(input_ids: torch.Tensor | None):
-    """Raise a ValueError if these are not (B, L) of a dtype that embeddings take."""
-    if input_ids is not None and (input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32)):
-        raise ValueError(
-            f"input_ids must be an int64 or int32 tensor of shape (rows, tokens), got {tuple(input_ids.shape)} "
-            f"{input_ids.dtype}."
-        )
-
-
-def check_token_ids(low: int, high: int, vocab_size: int):
-    """Raise a ValueError quoting the smallest or largest token id if it is outside the vocabulary."""
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"input_ids must lie between 0 and {vocab_size - 1}, got {low if low < 0 else high}. Was the tokenizer "
-            "made for this model?"
-        )
 
 
 class NeoForConditionalGeneration(NeoPreTrainedModel, NeoGenerationMixin, NeoChatMixin):

@@ -5,10 +5,10 @@ Arrays in, arrays out: the model runs without torch. Only the T, H and W indices
 and the processor use, which take tensors.
 """
 
+from ..checks_neo import check_token_ids
 from ..configuration_neo import NeoConfig
 from ..indexing_neo import allocate_position_ids
 from ..loading import check_available
-from ..modeling_neo import check_token_ids
 from .graph import cache_names, file_name
 
 import os
