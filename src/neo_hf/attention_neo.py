@@ -34,7 +34,9 @@ from transformers.utils.import_utils import is_tracing
 logger = logging.get_logger(__name__)
 
 BLOCK_SIZE = 128  # queries and keys per block of FlexAttention
-TILE_SIZE = 256  # queries per tile: enough for efficient matrix products, few enough to compute few hidden scores
+# Queries per tile: more make faster matrix products, fewer compute fewer hidden scores, which matter with few keys.
+TILE_SIZES = (256, 512)
+MIN_KEYS_PER_QUERY = 8  # of tiles larger than the smallest
 KEY_BLOCK = 1024  # keys per block of a tile: few enough for its scores to stay in the processor's caches
 # On CUDA, shorter prompts use SDPA with a dense mask: compiling a kernel would not pay off.
 MIN_FLEX_LENGTH = 1024
@@ -197,7 +199,10 @@ class KeyRuns:
             for begin, stop in pairwise(borders):
                 if first[begin] >= last[begin]:
                     continue  # padding
-                for start, end in even_parts(begin, stop, TILE_SIZE):
+                num_keys = int(last[stop - 1] - first[begin])
+                smallest, largest = TILE_SIZES
+                size = min(max(smallest, num_keys // MIN_KEYS_PER_QUERY), largest)
+                for start, end in even_parts(begin, stop, size):
                     seen_by_all, seen_by_one = int(last[start]), int(last[end - 1])
                     hidden = None
                     if seen_by_all < seen_by_one:
@@ -437,7 +442,7 @@ def _attend_tile(
     # bfloat16 values are multiplied with all weights at once: the product of each block would be rounded.
     blocks = even_parts(0, num_keys, num_keys if is_bfloat16 else KEY_BLOCK)
     if len(blocks) == 1:
-        scores = _scores(query, _widen(key), scale, hidden, memory)
+        scores = _scores(query, key, scale, hidden, memory)
         weights = torch.softmax(scores, -1, out=scores)
         return weights.to(value.dtype) @ value if is_bfloat16 else weights @ _widen(value)
     seen_by_all = num_keys if hidden is None else num_keys - hidden.shape[1]
@@ -448,7 +453,7 @@ def _attend_tile(
         hidden_here = None
         if hidden is not None and end > seen_by_all:
             hidden_here = hidden[:, max(start - seen_by_all, 0) : end - seen_by_all]
-        scores = _scores(query, _widen(key[start:end]), scale, hidden_here, memory)
+        scores = _scores(query, key[start:end], scale, hidden_here, memory)
         before, here = largest, scores.amax(-1, keepdim=True)
         largest = torch.maximum(before, here)
         weights = torch.softmax(scores, -1, out=scores)
@@ -463,10 +468,13 @@ def _scores(
 ) -> torch.Tensor:
     """
     query (G * n, D), key (m, D), hidden (n, h) for the last h keys -> scores (G * n, m), a view of `memory`. Hidden
-    scores are finite, because a query may see no key of a block.
+    scores are finite, because a query may see no key of a block. Each product takes a block of keys: one with all keys
+    of a long prompt is slower by a third.
     """
     scores = memory[: len(query) * len(key)].view(len(query), len(key))
-    torch.addmm(scores, query, key.T, beta=0, alpha=scale, out=scores)
+    for start, end in even_parts(0, len(key), KEY_BLOCK):
+        block = scores[:, start:end]
+        torch.addmm(block, query, _widen(key[start:end]).T, beta=0, alpha=scale, out=block)
     if hidden is not None:
         last = scores.view(-1, *hidden.shape[:1], len(key))[..., -hidden.shape[1] :]
         last.masked_fill_(hidden, torch.finfo(scores.dtype).min)

@@ -117,7 +117,7 @@ def test_same_logits_and_gradients(batch, packed, tile_size, key_block):
         return {"logits": logits[attended]} | {name: parameter.grad for name, parameter in model.named_parameters()}
 
     expected = run("eager")
-    with patch.multiple(attention_neo, TILE_SIZE=tile_size, KEY_BLOCK=key_block):
+    with patch.multiple(attention_neo, TILE_SIZES=(tile_size, 2 * tile_size), KEY_BLOCK=key_block):
         for implementation in ("sdpa", "neo"):
             for name, found in run(implementation).items():
                 if expected[name] is None or found is None:  # no images
